@@ -1,0 +1,126 @@
+//! The Internet checksum (RFC 1071), as sums that can be joined and changed.
+//!
+//! A *sum* is the one's-complement sum of 16-bit big-endian words, kept in 32 or 64 bits and not yet folded. A
+//! *checksum* is the complement of a folded sum, as it stands in a header. A *partial* checksum is what Linux leaves in
+//! a header whose completion it asked the device for: the folded, uncomplemented sum of the pseudo-header
+//! (kernel document `networking/checksum-offloads`).
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// Adds the bytes of one contiguous piece. Pieces before the last must have even length.
+///
+/// Words are added in the machine's order, eight bytes at a time: the one's-complement sum does not depend on byte
+/// order but for one swap at the end (RFC 1071 section 2 B).
+pub fn sum(bytes: &[u8]) -> u32 {
+    let mut wide: u64 = 0;
+    let mut chunks = bytes.chunks_exact(8);
+    for chunk in &mut chunks {
+        let word = u64::from_ne_bytes([chunk[0], chunk[1], chunk[2], chunk[3], chunk[4], chunk[5], chunk[6], chunk[7]]);
+        let (total, carry) = wide.overflowing_add(word);
+        wide = total + u64::from(carry);
+    }
+    let rest = chunks.remainder();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let (total, carry) = wide.overflowing_add(u64::from_ne_bytes(last));
+    wide = total + u64::from(carry);
+    let folded = fold64(wide);
+    u32::from(u16::from_be_bytes(folded.to_ne_bytes()))
+}
+
+/// The sum of one big-endian word after another of a header of even length; for the few words of a pseudo-header.
+pub fn sum_words(words: &[u16]) -> u32 {
+    words.iter().map(|&word| u32::from(word)).sum()
+}
+
+/// Folds the carries back until 16 bits are left.
+pub fn fold(mut sum: u32) -> u16 {
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+/// The checksum of a sum: its folded complement.
+pub fn finish(sum: u32) -> u16 {
+    !fold(sum)
+}
+
+/// As [`finish`], for UDP: an all-zero result is sent as all ones (RFC 768).
+pub fn finish_udp(sum: u32) -> u16 {
+    match finish(sum) {
+        0 => 0xffff,
+        checksum => checksum,
+    }
+}
+
+/// The sum of the IPv4 pseudo-header (RFC 793 section 3.1).
+pub fn pseudo_v4(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, length: u32) -> u32 {
+    sum(&source.octets()) + sum(&destination.octets()) + u32::from(protocol) + length_sum(length)
+}
+
+/// The sum of the IPv6 pseudo-header (RFC 8200 section 8.1).
+pub fn pseudo_v6(source: Ipv6Addr, destination: Ipv6Addr, protocol: u8, length: u32) -> u32 {
+    sum(&source.octets()) + sum(&destination.octets()) + u32::from(protocol) + length_sum(length)
+}
+
+/// The checksum after one 16-bit word under it changed from `old` to `new` (RFC 1624, equation 3).
+pub fn update(checksum: u16, old: u16, new: u16) -> u16 {
+    finish(u32::from(!checksum) + u32::from(!old) + u32::from(new))
+}
+
+fn length_sum(length: u32) -> u32 {
+    (length >> 16) + (length & 0xffff)
+}
+
+fn fold64(mut sum: u64) -> u16 {
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The obvious way, word by word.
+    fn naive(bytes: &[u8]) -> u16 {
+        let mut total: u32 = 0;
+        for pair in bytes.chunks(2) {
+            total += u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
+        }
+        fold(total)
+    }
+
+    #[test]
+    fn agrees_with_the_obvious_sum() {
+        let bytes: Vec<u8> = (0..600_u32).map(|i| (i * 7 + i / 3) as u8).collect();
+        for from in 0..4 {
+            for to in from..bytes.len() {
+                assert_eq!(fold(sum(&bytes[from..to])), naive(&bytes[from..to]), "{from}..{to}");
+            }
+        }
+        assert_eq!(fold(sum(&[0xff; 64])), 0xffff);
+    }
+
+    #[test]
+    fn rfc1071_example() {
+        assert_eq!(fold(sum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7])), 0xddf2);
+    }
+
+    #[test]
+    fn update_equals_a_new_sum() {
+        let mut header = [0x45, 0, 0, 84, 1, 2, 0x40, 0, 64, 1, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
+        let before = finish(sum(&header));
+        let old = u16::from_be_bytes([header[8], header[9]]);
+        header[8] = 63;
+        let new = u16::from_be_bytes([header[8], header[9]]);
+        assert_eq!(update(before, old, new), finish(sum(&header)));
+    }
+
+    #[test]
+    fn udp_never_sends_zero() {
+        assert_eq!(finish_udp(0xffff), 0xffff);
+    }
+}

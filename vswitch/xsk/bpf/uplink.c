@@ -1,0 +1,99 @@
+/* The program of an uplink: only VXLAN to our own VTEP goes to the switch, all else stays the host's.
+ *
+ * Ours is UDP, unfragmented, to one of our VTEP addresses and our port (RFC 7348 section 5), with at most one 802.1Q
+ * tag before it. IPv6 is ours only without extension headers, as VTEPs send it. Without a socket it passes too.
+ */
+#include "common.h"
+
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/udp.h>
+
+/* Written by the loader; an address of all zeros is none. Bytes as on the wire. */
+struct vtep {
+	__u8 v6[16];
+	__u8 v4[4];
+	__u8 port[2];
+	__u8 pad[2];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct vtep);
+} VTEP SEC(".maps");
+
+struct vlan {
+	__be16 tci;
+	__be16 proto;
+};
+
+#define IP_FRAGMENT 0x3fff /* more-fragments bit and offset */
+
+static __always_inline __u16 be16(__u16 host)
+{
+	return __builtin_bswap16(host);
+}
+
+static __always_inline int is_ours(void *at, void *end, __be16 proto, struct vtep *vtep)
+{
+	struct udphdr *udp;
+
+	if (proto == be16(ETH_P_IP)) {
+		struct iphdr *ip = at;
+
+		if (at + sizeof(*ip) > end || ip->protocol != IPPROTO_UDP)
+			return 0;
+		if (ip->frag_off & be16(IP_FRAGMENT))
+			return 0;
+		if (!ip->daddr || ip->daddr != *(__u32 *)vtep->v4)
+			return 0;
+		udp = at + ip->ihl * 4;
+	} else if (proto == be16(ETH_P_IPV6)) {
+		struct ipv6hdr *ip = at;
+		__u64 *want = (__u64 *)vtep->v6;
+		__u64 have[2];
+
+		if (at + sizeof(*ip) > end || ip->nexthdr != IPPROTO_UDP)
+			return 0;
+		__builtin_memcpy(have, &ip->daddr, sizeof(have));
+		if (!(have[0] | have[1]) || have[0] != want[0] || have[1] != want[1])
+			return 0;
+		udp = at + sizeof(*ip);
+	} else {
+		return 0;
+	}
+	if ((void *)(udp + 1) > end)
+		return 0;
+	return udp->dest == *(__u16 *)vtep->port;
+}
+
+SEC("xdp.frags")
+int uplink(struct xdp_md *ctx)
+{
+	void *at = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct ethhdr *eth = at;
+	struct vtep *vtep;
+	__be16 proto;
+	__u32 zero = 0;
+
+	vtep = bpf_map_lookup_elem(&VTEP, &zero);
+	if (!vtep || at + sizeof(*eth) > end)
+		return XDP_PASS;
+	proto = eth->h_proto;
+	at += sizeof(*eth);
+	if (proto == be16(ETH_P_8021Q)) {
+		struct vlan *vlan = at;
+
+		if (at + sizeof(*vlan) > end)
+			return XDP_PASS;
+		proto = vlan->proto;
+		at += sizeof(*vlan);
+	}
+	if (!is_ours(at, end, proto, vtep))
+		return XDP_PASS;
+	return bpf_redirect_map(&SOCKETS, ctx->rx_queue_index, XDP_PASS);
+}

@@ -1,0 +1,193 @@
+//! The XDP programs: loaded with aya, attached to a link, detached when dropped or when the process dies.
+//!
+//! A program is attached by a BPF link that lives as long as its descriptor (kernel 5.9), so that nothing stays on the
+//! device whatever ends the daemon.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd};
+
+use aya::maps::{Array, Map, MapError, XskMap};
+use aya::programs::{ProgramError as AyaProgramError, Xdp, XdpMode as AyaMode};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+
+static POD: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pod.o"));
+static UPLINK: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/uplink.o"));
+
+/// What a program is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The host end of a pod's veth: every packet is the switch's.
+    Pod,
+    /// A NIC of the host: only VXLAN to our VTEP is the switch's.
+    Uplink(Vtep),
+}
+
+/// What an uplink's program takes for the switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vtep {
+    /// Our IPv4 underlay address.
+    pub v4: Option<Ipv4Addr>,
+    /// Our IPv6 underlay address.
+    pub v6: Option<Ipv6Addr>,
+    /// Our UDP port.
+    pub port: u16,
+}
+
+/// Where in the kernel the program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpMode {
+    /// In the driver.
+    Native,
+    /// In the stack, for drivers without XDP.
+    Generic,
+}
+
+/// Which mode to try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpPreference {
+    /// Native, and generic if the driver refuses.
+    Auto,
+    /// Native or an error.
+    Native,
+    /// Generic.
+    Generic,
+}
+
+/// Why a program is not on a link.
+#[derive(Debug, thiserror::Error)]
+pub enum ProgramError {
+    /// The kernel refused the program or a map.
+    #[error(
+        "cannot load the XDP program: {0}; run as root or with CAP_BPF and CAP_NET_ADMIN, and see that `sysctl kernel.unprivileged_bpf_disabled` and the kernel's lockdown mode allow it"
+    )]
+    Load(#[source] Box<EbpfError>),
+    /// The link refused the program.
+    #[error(
+        "cannot attach the XDP program to link {ifindex}: {source}; another XDP program may be attached (`ip link show`), or the driver refuses this MTU"
+    )]
+    Attach {
+        /// The link.
+        ifindex: u32,
+        /// What the kernel said.
+        source: Box<AyaProgramError>,
+    },
+    /// The object lacks a program or a map: it was not built from this source.
+    #[error("the XDP object has no \"{0}\": build the switch again from a clean tree")]
+    Missing(&'static str),
+    /// A map could not be written.
+    #[error("cannot write an XDP map: {0}")]
+    Map(#[from] MapError),
+}
+
+/// A program on a link. Detached on drop.
+#[derive(Debug)]
+pub struct AttachedProgram {
+    ebpf: Ebpf,
+    mode: XdpMode,
+    /// Why native mode was not used, in the kernel's words.
+    fallback_reason: Option<String>,
+}
+
+impl AttachedProgram {
+    /// Loads a program of its own for `ifindex` and attaches it.
+    ///
+    /// # Errors
+    ///
+    /// Each tells what to do; nothing is left behind.
+    pub fn attach(role: Role, ifindex: u32, preference: XdpPreference) -> Result<AttachedProgram, ProgramError> {
+        let (object, name) = match role {
+            Role::Pod => (POD, "pod"),
+            Role::Uplink(_) => (UPLINK, "uplink"),
+        };
+        // No kernel BTF: the programs read packets and maps only, and parsing it would cost every port its time.
+        let mut ebpf = EbpfLoader::new().btf(None).load(object).map_err(load_error)?;
+        if let Role::Uplink(vtep) = role {
+            write_vtep(&mut ebpf, vtep)?;
+        }
+        let program: &mut Xdp = ebpf
+            .program_mut(name)
+            .ok_or(ProgramError::Missing(name))?
+            .try_into()
+            .map_err(|error: AyaProgramError| load_error(error.into()))?;
+        program.load().map_err(|error| load_error(error.into()))?;
+        let attach = |program: &mut Xdp, mode| program.attach_to_if_index(ifindex, mode).map(drop);
+        let refused = |source| ProgramError::Attach { ifindex, source: Box::new(source) };
+        let (mode, fallback_reason) = match preference {
+            XdpPreference::Generic => {
+                attach(program, AyaMode::Skb).map_err(refused)?;
+                (XdpMode::Generic, Some("generic mode was asked for".to_owned()))
+            }
+            XdpPreference::Native => {
+                attach(program, AyaMode::Driver).map_err(refused)?;
+                (XdpMode::Native, None)
+            }
+            XdpPreference::Auto => match attach(program, AyaMode::Driver) {
+                Ok(()) => (XdpMode::Native, None),
+                Err(native) => {
+                    attach(program, AyaMode::Skb).map_err(refused)?;
+                    (XdpMode::Generic, Some(format!("the driver refused native mode: {}", root_cause(&native))))
+                }
+            },
+        };
+        Ok(AttachedProgram { ebpf, mode, fallback_reason })
+    }
+
+    /// Sends the packets of `queue` to a socket.
+    ///
+    /// # Errors
+    ///
+    /// If the queue's number is 64 or more.
+    pub fn set_socket(&mut self, queue: u32, socket: impl AsFd) -> Result<(), ProgramError> {
+        let mut sockets: XskMap<_> = map(&mut self.ebpf, "SOCKETS")?.try_into()?;
+        Ok(sockets.set(queue, socket.as_fd().as_raw_fd(), 0)?)
+    }
+
+    /// Changes what an uplink's program takes.
+    ///
+    /// # Errors
+    ///
+    /// If this is the program of a pod port.
+    pub fn set_vtep(&mut self, vtep: Vtep) -> Result<(), ProgramError> {
+        write_vtep(&mut self.ebpf, vtep)
+    }
+
+    /// Where the program runs.
+    pub fn mode(&self) -> XdpMode {
+        self.mode
+    }
+
+    /// Why it does not run in native mode, if it does not.
+    pub fn fallback_reason(&self) -> Option<&str> {
+        self.fallback_reason.as_deref()
+    }
+}
+
+/// Writes `struct vtep` of `uplink.c`.
+fn write_vtep(ebpf: &mut Ebpf, vtep: Vtep) -> Result<(), ProgramError> {
+    let mut array: Array<_, [u8; 24]> = map(ebpf, "VTEP")?.try_into()?;
+    let mut value = [0; 24];
+    value[..16].copy_from_slice(&vtep.v6.map_or([0; 16], |address| address.octets()));
+    value[16..20].copy_from_slice(&vtep.v4.map_or([0; 4], |address| address.octets()));
+    value[20..22].copy_from_slice(&vtep.port.to_be_bytes());
+    Ok(array.set(0, value, 0)?)
+}
+
+fn map<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Map, ProgramError> {
+    ebpf.map_mut(name).ok_or(ProgramError::Missing(name))
+}
+
+fn load_error(error: EbpfError) -> ProgramError {
+    ProgramError::Load(Box::new(error))
+}
+
+fn root_cause(error: &AyaProgramError) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    match cause.downcast_ref::<io::Error>() {
+        Some(error) => error.to_string(),
+        None => cause.to_string(),
+    }
+}
