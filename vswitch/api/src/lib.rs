@@ -1,1 +1,77 @@
-//! Placeholder.
+//! The control protocol: requests and responses of vswitchd, typed.
+//!
+//! One JSON object a line over a unix stream socket, a response for each request, in order. `socat - UNIX:PATH` is a
+//! debugger:
+//!
+//! ```json
+//! {"version":1,"request":{"op":"status"}}
+//! {"version":1,"ok":{"kind":"status","version":"0.1.0", ... }}
+//! {"version":1,"error":{"code":"not_found","message":"no network \"x\": `switchctl network list` shows them"}}
+//! ```
+//!
+//! A line longer than [`MAX_LINE_BYTES`] or one that is no request is answered by an error, and the connection closes.
+#![forbid(unsafe_code)]
+
+mod client;
+mod error;
+mod request;
+mod response;
+
+pub use client::{Client, ClientError};
+pub use error::{ApiError, ErrorCode};
+pub use request::{Attachment, FdbSpec, FdbTarget, NetworkMode, NetworkSpec, PeerSpec, PortSpec, Request, RouteSpec};
+pub use response::{
+    Answer, DropInfo, FdbInfo, FlowInfo, IpamInfo, NeighborInfo, NetworkInfo, PeerInfo, PodRoute, PortInfo, PortStats,
+    RouteInfo, SocketInfo, StatsInfo, StatusInfo, UplinkInfo, WorkerInfo,
+};
+
+use serde::{Deserialize, Serialize};
+
+/// Version of the protocol. A daemon refuses others and says which it speaks.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Longest request line, newline included.
+pub const MAX_LINE_BYTES: usize = 1 << 20;
+
+/// Where the daemon listens unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/vswitch/vswitchd.sock";
+
+/// A request line.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RequestLine {
+    /// [`PROTOCOL_VERSION`].
+    pub version: u32,
+    /// The request.
+    pub request: Request,
+}
+
+/// A response line.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResponseLine {
+    /// [`PROTOCOL_VERSION`] of the daemon.
+    pub version: u32,
+    /// The answer or the error.
+    #[serde(flatten)]
+    pub result: ResponseResult,
+}
+
+/// What a response line holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ResponseResult {
+    /// Done.
+    Ok(Answer),
+    /// Refused or failed; nothing was changed.
+    Error(ApiError),
+}
+
+impl From<Result<Answer, ApiError>> for ResponseLine {
+    fn from(result: Result<Answer, ApiError>) -> Self {
+        let result = match result {
+            Ok(answer) => ResponseResult::Ok(answer),
+            Err(error) => ResponseResult::Error(error),
+        };
+        ResponseLine { version: PROTOCOL_VERSION, result }
+    }
+}

@@ -1,1 +1,39 @@
-//! Placeholder.
+//! The data path: packets in, verdicts, packets out. Pure: no clock, thread, lock, log or allocation a packet.
+//!
+//! # The walk
+//!
+//! ```text
+//! rx ring -> worker::turn -> parse -> flow lookup --hit-----------------------> egress -> tx ring
+//!                                        \--miss--> decide: spoof, learn, route/FDB --/
+//! ```
+//!
+//! [`Worker::turn`] is given the time and a [`Snapshot`]; it polls its ports, and runs each burst through
+//! [`mod@parse`], [`table::flow`], [`mod@decide`] and [`mod@egress`]. Time is an argument and ports are a trait, so the
+//! same code runs over AF_XDP in the daemon and over memory in tests and benches.
+//!
+//! # Counting
+//!
+//! Every packet ends in exactly one counter: `rx = tx + drops - copies`, where a copy is one more packet made by
+//! flooding. See [`Counters`].
+#![forbid(unsafe_code)]
+
+mod counters;
+pub mod decide;
+pub mod egress;
+mod event;
+pub mod meta;
+pub mod parse;
+mod port;
+mod reply;
+mod snapshot;
+pub mod table;
+mod verdict;
+pub mod vxlan;
+mod worker;
+
+pub use counters::{Counters, PortCounters};
+pub use event::{Event, Location};
+pub use port::PortIo;
+pub use snapshot::{Access, Gateway, Network, NetworkMode, Peer, Port, PortKind, Reach, Snapshot, Underlay, Uplink};
+pub use verdict::{Action, DropReason, Rewrite, Verdict};
+pub use worker::{BURST, Turn, Worker, WorkerConfig};

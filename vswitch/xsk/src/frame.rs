@@ -74,6 +74,14 @@ impl Frame {
         unsafe { slice::from_raw_parts(self.base.as_ptr().add(self.start()), self.len()) }
     }
 
+    /// Where the data begins, to prefetch; the byte itself means nothing if the frame is empty.
+    #[inline(always)]
+    pub fn first_byte(&self) -> &u8 {
+        // SAFETY: `start` is below the chunk's size whenever data follows, and the last byte of the chunk stands in for it
+        // otherwise; the chunk is ours and initialized (it was mapped zeroed).
+        unsafe { &*self.base.as_ptr().add(self.start().min(CHUNK_BYTES - 1)) }
+    }
+
     /// The data, to change.
     #[inline(always)]
     pub fn data_mut(&mut self) -> &mut [u8] {

@@ -1,0 +1,378 @@
+//! Answers. Field names are what `switchctl -o json` prints.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use vswitch_net::{MacAddr, PortId, Vni};
+
+use crate::request::{Attachment, FdbTarget, NetworkMode};
+
+/// The answer to a request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Answer {
+    /// Done; nothing to tell.
+    Done,
+    /// To `status`.
+    Status(Box<StatusInfo>),
+    /// To `port_add`.
+    Port(Box<PortInfo>),
+    /// To `port_list`; to `port_gc` and `port_del`: the ports that went.
+    Ports {
+        /// The ports.
+        ports: Vec<PortInfo>,
+    },
+    /// To `network_list`.
+    Networks {
+        /// The networks.
+        networks: Vec<NetworkInfo>,
+    },
+    /// To `peer_list`.
+    Peers {
+        /// The peers.
+        peers: Vec<PeerInfo>,
+    },
+    /// To `fdb_list`.
+    Fdb {
+        /// The stations.
+        stations: Vec<FdbInfo>,
+    },
+    /// To `route_list`.
+    Routes {
+        /// The routes.
+        routes: Vec<RouteInfo>,
+    },
+    /// To `neighbor_list`.
+    Neighbors {
+        /// The next hops.
+        neighbors: Vec<NeighborInfo>,
+    },
+    /// To `flow_list`.
+    Flows {
+        /// The flows.
+        flows: Vec<FlowInfo>,
+    },
+    /// To `stats`.
+    Stats(Box<StatsInfo>),
+    /// To `drops`.
+    Drops {
+        /// Reasons with their counts, the largest first.
+        drops: Vec<DropInfo>,
+    },
+}
+
+/// The daemon on one page.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StatusInfo {
+    /// The daemon's version.
+    pub version: String,
+    /// Process id.
+    pub pid: u32,
+    /// Seconds since start.
+    pub uptime_seconds: u64,
+    /// Generation of the published snapshot.
+    pub generation: u64,
+    /// Workers.
+    pub workers: Vec<WorkerInfo>,
+    /// The uplink, if there is one.
+    pub uplink: Option<UplinkInfo>,
+    /// Number of ports.
+    pub ports: usize,
+    /// Number of networks.
+    pub networks: usize,
+    /// Number of peers.
+    pub peers: usize,
+    /// Number of peers whose next hop is resolved.
+    pub peers_reachable: usize,
+    /// Addresses of the built-in IPAM, by network.
+    pub ipam: Vec<IpamInfo>,
+    /// Resident memory of the daemon, bytes.
+    pub memory_bytes: u64,
+}
+
+/// Addresses of one network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IpamInfo {
+    /// The network.
+    pub network: String,
+    /// The range.
+    pub range: IpNet,
+    /// In use.
+    pub used: u64,
+    /// Free.
+    pub free: u64,
+}
+
+/// One worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerInfo {
+    /// Its number.
+    pub worker: usize,
+    /// The core it is pinned to, if it is.
+    pub core: Option<usize>,
+    /// Chunks of its umem.
+    pub umem_frames: usize,
+    /// Of these, free.
+    pub umem_free: usize,
+    /// Flow lookups that hit.
+    pub flow_hits: u64,
+    /// Flow lookups that missed.
+    pub flow_misses: u64,
+    /// Events lost because the control thread was slow.
+    pub events_lost: u64,
+    /// Passes over the ports.
+    pub turns: u64,
+    /// Times it slept.
+    pub sleeps: u64,
+}
+
+/// The uplink.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UplinkInfo {
+    /// The link's name.
+    pub link: String,
+    /// What state it is in, and why.
+    pub state: String,
+    /// Its MAC address.
+    pub mac: MacAddr,
+    /// Its MTU.
+    pub mtu: u32,
+    /// Our IPv4 VTEP.
+    pub vtep_v4: Option<Ipv4Addr>,
+    /// Our IPv6 VTEP.
+    pub vtep_v6: Option<Ipv6Addr>,
+    /// UDP port of VXLAN.
+    pub udp_port: u16,
+    /// `native` or `generic`.
+    pub xdp_mode: String,
+    /// Why not native, if so.
+    pub xdp_fallback: Option<String>,
+    /// `copy` or `zero-copy`, by queue.
+    pub copy_modes: Vec<String>,
+}
+
+/// A port.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PortInfo {
+    /// Its number.
+    pub id: PortId,
+    /// Its host link.
+    pub link: String,
+    /// Its network.
+    pub network: String,
+    /// The pod's MAC address.
+    pub mac: MacAddr,
+    /// The pod's addresses with the prefix length to configure.
+    pub addresses: Vec<IpNet>,
+    /// MTU of the pod's link.
+    pub mtu: u32,
+    /// Routes to configure in the pod.
+    pub routes: Vec<PodRoute>,
+    /// Who plugged it in.
+    pub attachment: Option<Attachment>,
+    /// Who owns it.
+    pub owner: Option<String>,
+    /// Path of the pod's network namespace.
+    pub netns: Option<String>,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// `native` or `generic`.
+    pub xdp_mode: String,
+    /// Why not native, if so.
+    pub xdp_fallback: Option<String>,
+    /// `copy` or `zero-copy`, by queue.
+    pub copy_modes: Vec<String>,
+}
+
+/// A route in a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodRoute {
+    /// Destination.
+    pub destination: IpNet,
+    /// Gateway; none for a route on the link.
+    pub gateway: Option<IpAddr>,
+    /// MTU of the route; none for the link's.
+    pub mtu: Option<u32>,
+}
+
+/// A network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkInfo {
+    /// Its name.
+    pub name: String,
+    /// Its VNI.
+    pub vni: Vni,
+    /// Its mode.
+    pub mode: NetworkMode,
+    /// Its prefixes.
+    pub subnets: Vec<IpNet>,
+    /// This node's ranges.
+    pub ranges: Vec<IpNet>,
+    /// Whether senders are checked.
+    pub spoof_check: bool,
+    /// Ports here.
+    pub ports: usize,
+    /// MTU of routes that leave the node.
+    pub wire_mtu: u32,
+}
+
+/// A peer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerInfo {
+    /// Its name.
+    pub name: String,
+    /// Its VTEP.
+    pub vtep: IpAddr,
+    /// MAC of its router.
+    pub router_mac: MacAddr,
+    /// Bridged networks whose floods it gets; none for all.
+    pub networks: Option<Vec<String>>,
+    /// Whether packets can be sent to it, or why not.
+    pub state: String,
+}
+
+/// A station.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FdbInfo {
+    /// Its network.
+    pub network: String,
+    /// Its address.
+    pub mac: MacAddr,
+    /// Where it is.
+    pub at: FdbTarget,
+    /// True if it was configured, or is a port's own.
+    pub is_static: bool,
+    /// Seconds since it was last reported, for learned ones.
+    pub age_seconds: Option<u64>,
+}
+
+/// A route.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteInfo {
+    /// Its network.
+    pub network: String,
+    /// Destination.
+    pub prefix: IpNet,
+    /// Where it leads.
+    pub to: FdbTarget,
+}
+
+/// A next hop of the underlay.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NeighborInfo {
+    /// Peers behind it.
+    pub peers: Vec<String>,
+    /// The next hop's address.
+    pub address: Option<IpAddr>,
+    /// The link.
+    pub link: Option<String>,
+    /// Its MAC, once resolved.
+    pub mac: Option<MacAddr>,
+    /// `reachable`, or what is missing.
+    pub state: String,
+}
+
+/// A flow of one worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowInfo {
+    /// The worker.
+    pub worker: usize,
+    /// The network.
+    pub network: String,
+    /// Where its packets come from.
+    pub from: String,
+    /// Source, with port if it has one.
+    pub source: String,
+    /// Destination, with port if it has one.
+    pub destination: String,
+    /// Protocol.
+    pub protocol: String,
+    /// What is done with them.
+    pub action: String,
+    /// Packets.
+    pub packets: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Milliseconds since the last packet.
+    pub idle_ms: u64,
+}
+
+/// Counters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StatsInfo {
+    /// By port.
+    pub ports: Vec<PortStats>,
+    /// All workers: packets received.
+    pub rx_packets: u64,
+    /// Packets sent.
+    pub tx_packets: u64,
+    /// Packets dropped.
+    pub drops: u64,
+    /// Extra packets made by flooding.
+    pub copies: u64,
+    /// Whether `rx = tx + drops - copies`.
+    pub is_balanced: bool,
+}
+
+/// Counters of a port, all workers together.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PortStats {
+    /// Its number.
+    pub id: PortId,
+    /// Its link.
+    pub link: String,
+    /// Packets received from it.
+    pub rx_packets: u64,
+    /// Bytes received from it.
+    pub rx_bytes: u64,
+    /// Packets sent to it.
+    pub tx_packets: u64,
+    /// Bytes sent to it.
+    pub tx_bytes: u64,
+    /// Packets from it that were dropped.
+    pub drops: u64,
+    /// Extra packets made of what it sent.
+    pub copies: u64,
+    /// Packets it could not take.
+    pub tx_refused: u64,
+    /// Its sockets.
+    pub sockets: Vec<SocketInfo>,
+}
+
+/// The kernel's counters of a socket (`XDP_STATISTICS`), and ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketInfo {
+    /// Worker that owns it.
+    pub worker: usize,
+    /// Dropped by the kernel before we saw them, for other reasons than a full ring.
+    pub rx_dropped: u64,
+    /// Dropped by the kernel because the rx ring was full.
+    pub rx_ring_full: u64,
+    /// Times the fill ring was empty.
+    pub rx_fill_ring_empty: u64,
+    /// Invalid descriptors, either way.
+    pub invalid_descs: u64,
+    /// Frames kept in the fill ring.
+    pub fill_depth: u32,
+    /// Transmit calls.
+    pub kicks: u64,
+    /// Of these, failed.
+    pub kick_errors: u64,
+    /// Packets in more than 18 frames.
+    pub oversized: u64,
+}
+
+/// A reason and how often.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DropInfo {
+    /// Short name.
+    pub reason: String,
+    /// How often.
+    pub packets: u64,
+    /// What it means and what to look at.
+    pub meaning: String,
+    /// By the port that sent the packets, named by its link.
+    pub ports: BTreeMap<String, u64>,
+}

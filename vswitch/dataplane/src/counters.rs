@@ -1,0 +1,117 @@
+//! Counters of one worker. Plain numbers: the worker owns them, and hands out copies when asked.
+
+use vswitch_net::PortId;
+
+use crate::verdict::DropReason;
+
+/// What one worker counted for one port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortCounters {
+    /// Packets received.
+    pub rx_packets: u64,
+    /// Bytes received, from the Ethernet header on, without the frame check sequence.
+    pub rx_bytes: u64,
+    /// Packets queued for sending.
+    pub tx_packets: u64,
+    /// Bytes queued for sending.
+    pub tx_bytes: u64,
+    /// Packets this port could not take; each is a drop of the port it came from.
+    pub tx_refused: u64,
+    /// Extra packets made by flooding what this port sent.
+    pub copies: u64,
+    /// Packets from this port that were dropped, by reason.
+    pub drops: [u64; DropReason::COUNT],
+}
+
+/// What one worker counted for all its ports.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    ports: Vec<PortCounters>,
+    /// Flow lookups that found a valid entry.
+    pub flow_hits: u64,
+    /// Flow lookups that did not.
+    pub flow_misses: u64,
+    /// Events for the control thread that found their queue full.
+    pub events_lost: u64,
+}
+
+impl Default for PortCounters {
+    fn default() -> Self {
+        PortCounters {
+            rx_packets: 0,
+            rx_bytes: 0,
+            tx_packets: 0,
+            tx_bytes: 0,
+            tx_refused: 0,
+            copies: 0,
+            drops: [0; DropReason::COUNT],
+        }
+    }
+}
+
+impl PortCounters {
+    /// All drops.
+    pub fn dropped(&self) -> u64 {
+        self.drops.iter().sum()
+    }
+
+    /// Adds another worker's counters of the same port.
+    pub fn add(&mut self, other: &PortCounters) {
+        self.rx_packets += other.rx_packets;
+        self.rx_bytes += other.rx_bytes;
+        self.tx_packets += other.tx_packets;
+        self.tx_bytes += other.tx_bytes;
+        self.tx_refused += other.tx_refused;
+        self.copies += other.copies;
+        for (mine, theirs) in self.drops.iter_mut().zip(&other.drops) {
+            *mine += theirs;
+        }
+    }
+}
+
+impl Counters {
+    /// Makes room for a port and sets its counters to zero.
+    pub fn open(&mut self, port: PortId) {
+        if self.ports.len() <= port.index() {
+            self.ports.resize(port.index() + 1, PortCounters::default());
+        }
+        self.ports[port.index()] = PortCounters::default();
+    }
+
+    /// The counters of a port; zeros if it never existed.
+    pub fn port(&self, port: PortId) -> PortCounters {
+        self.ports.get(port.index()).copied().unwrap_or_default()
+    }
+
+    /// The counters of a port that was opened.
+    #[inline(always)]
+    pub(crate) fn port_mut(&mut self, port: PortId) -> Option<&mut PortCounters> {
+        self.ports.get_mut(port.index())
+    }
+
+    /// Counts a drop for the port that the packet came from.
+    #[inline]
+    pub(crate) fn drop(&mut self, ingress: PortId, reason: DropReason) {
+        if let Some(port) = self.ports.get_mut(ingress.index()) {
+            port.drops[reason.index()] += 1;
+        }
+    }
+
+    /// All ports together.
+    pub fn total(&self) -> PortCounters {
+        let mut total = PortCounters::default();
+        self.ports.iter().for_each(|port| total.add(port));
+        total
+    }
+
+    /// Checks `rx = tx + drops - copies` over all ports; the two sides if they differ.
+    ///
+    /// # Errors
+    ///
+    /// Both sides, received first.
+    pub fn balance(&self) -> Result<(), (u64, u64)> {
+        let total = self.total();
+        let ended = (total.tx_packets + total.dropped()).wrapping_sub(total.copies);
+        if total.rx_packets == ended { Ok(()) } else { Err((total.rx_packets, ended)) }
+    }
+}

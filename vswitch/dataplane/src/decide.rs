@@ -1,0 +1,234 @@
+//! The miss path: one packet meets the tables.
+//!
+//! Anti-spoofing first, then what the switch answers itself (ARP and neighbor solicitation for a gateway), then the FDB
+//! or the routes. The verdict is pure; learning and the flow entry are the caller's.
+
+use std::net::IpAddr;
+
+use vswitch_net::MacAddr;
+
+use crate::event::Location;
+use crate::meta::{Kind, Meta};
+use crate::parse::{ICMPV6, u16_at, u32_at, v6_at};
+use crate::snapshot::{Access, Gateway, Network, NetworkMode, PortKind, Snapshot};
+use crate::table::route::NextHop;
+use crate::verdict::{Action, DropReason, Rewrite, Verdict};
+
+/// ICMPv6 types of neighbor discovery (RFC 4861 section 4).
+const ROUTER_SOLICITATION: u8 = 133;
+const NEIGHBOR_SOLICITATION: u8 = 135;
+const NEIGHBOR_ADVERTISEMENT: u8 = 136;
+const REDIRECT: u8 = 137;
+
+/// A verdict, and whether the sender's address is to be learned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// What to do.
+    pub verdict: Verdict,
+    /// Where the sender was seen, for bridged networks.
+    pub learn: Option<Location>,
+}
+
+/// Decides about a packet by the snapshot alone. `head` is the first frame that `meta` was parsed from.
+pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
+    let Some(network) = snapshot.network(meta.network) else {
+        return drop_it(DropReason::UnknownVni);
+    };
+    if meta.source.is_multicast() || meta.source.is_zero() {
+        return drop_it(DropReason::BadSourceMac);
+    }
+    let access = match snapshot.port(meta.ingress).map(|port| &port.kind) {
+        Some(PortKind::Access(access)) => Some(access),
+        Some(PortKind::Uplink(_)) => None,
+        None => return drop_it(DropReason::NoPort),
+    };
+    if network.spoof_check
+        && let Some(access) = access
+        && let Err(reason) = check_sender(meta, head, access)
+    {
+        return drop_it(reason);
+    }
+    match network.mode {
+        NetworkMode::Bridged => bridge(meta, network, snapshot),
+        NetworkMode::Routed(gateway) => {
+            let verdict = route(meta, head, &gateway, access.is_some(), snapshot).unwrap_or_else(Verdict::Drop);
+            Decision { verdict, learn: None }
+        }
+    }
+}
+
+/// Forwarding by MAC (802.1Q-2018 section 8.6).
+fn bridge(meta: &Meta, network: &Network, snapshot: &Snapshot) -> Decision {
+    if is_reserved(meta.destination) {
+        return drop_it(DropReason::ReservedMac);
+    }
+    let here = match meta.peer {
+        Some(peer) => Location::Peer(peer),
+        None => Location::Port(meta.ingress),
+    };
+    let learn =
+        (snapshot.fdb.lookup(meta.network, meta.source) != Some(here) || meta.peer.is_some() || !network.spoof_check)
+            .then_some(here);
+    let verdict = if meta.destination.is_multicast() {
+        Verdict::Flood
+    } else {
+        match (snapshot.fdb.lookup(meta.network, meta.destination), meta.peer) {
+            (None, _) => Verdict::Flood,
+            (Some(Location::Port(port)), None) if port == meta.ingress => Verdict::Drop(DropReason::SamePort),
+            (Some(Location::Port(port)), _) => Verdict::Forward(Action::Local { port, rewrite: None }),
+            (Some(Location::Peer(_)), Some(_)) => Verdict::Drop(DropReason::SplitHorizon),
+            (Some(Location::Peer(peer)), None) => {
+                Verdict::Forward(Action::Encap { peer, network: meta.network, rewrite: None })
+            }
+        }
+    };
+    Decision { verdict, learn }
+}
+
+/// Forwarding by IP (RFC 1812 section 5).
+fn route(
+    meta: &Meta,
+    head: &[u8],
+    gateway: &Gateway,
+    is_from_pod: bool,
+    snapshot: &Snapshot,
+) -> Result<Verdict, DropReason> {
+    match meta.kind {
+        Kind::Other => return Err(DropReason::NotIp),
+        Kind::Arp => {
+            return if is_from_pod { answer_arp(meta, head, gateway) } else { Err(DropReason::NeighborIgnored) };
+        }
+        Kind::V4 | Kind::V6 => {}
+    }
+    let (_, destination) = meta.addresses().ok_or(DropReason::NotIp)?;
+    if is_discovery(meta) {
+        return if is_from_pod { answer_solicitation(meta, head, gateway) } else { Err(DropReason::NeighborIgnored) };
+    }
+    let is_broadcast = destination == IpAddr::V4(std::net::Ipv4Addr::BROADCAST);
+    if destination.is_multicast() || is_broadcast || meta.destination.is_multicast() {
+        return Err(DropReason::RoutedMulticast);
+    }
+    if meta.destination != gateway.mac {
+        return Err(DropReason::NotForGateway);
+    }
+    if destination == IpAddr::V4(gateway.v4) || destination == IpAddr::V6(gateway.v6) {
+        return Err(DropReason::ToGateway);
+    }
+    if meta.ttl <= 1 {
+        return Err(DropReason::TtlExpired);
+    }
+    match snapshot.routes.lookup(meta.network, destination) {
+        None => Err(DropReason::NoRoute),
+        Some(NextHop::Gateway) => Err(DropReason::ToGateway),
+        Some(NextHop::Port { port, mac }) => {
+            let rewrite = Some(Rewrite { destination: mac, source: gateway.mac });
+            Ok(Verdict::Forward(Action::Local { port, rewrite }))
+        }
+        Some(NextHop::Peer(_)) if !is_from_pod => Err(DropReason::SplitHorizon),
+        Some(NextHop::Peer(peer)) => {
+            let mac = snapshot.peer(peer).ok_or(DropReason::NoNeighbor)?.router_mac;
+            let rewrite = Some(Rewrite { destination: mac, source: gateway.mac });
+            Ok(Verdict::Forward(Action::Encap { peer, network: meta.network, rewrite }))
+        }
+    }
+}
+
+/// A pod sends with its own MAC and addresses only, and claims no others in ARP and neighbor discovery.
+fn check_sender(meta: &Meta, head: &[u8], access: &Access) -> Result<(), DropReason> {
+    if meta.source != access.mac {
+        return Err(DropReason::SpoofedMac);
+    }
+    if access.addresses.is_empty() {
+        return Ok(());
+    }
+    let owns = |address: IpAddr| access.addresses.contains(&address);
+    match meta.kind {
+        Kind::Arp => {
+            let arp = Arp::parse(head, usize::from(meta.l3))?;
+            // An address probe has no sender yet (RFC 5227 section 1.1).
+            let is_own = arp.sender.is_unspecified() || owns(arp.sender.into());
+            if is_own && arp.sender_mac == access.mac { Ok(()) } else { Err(DropReason::SpoofedNeighbor) }
+        }
+        Kind::V4 | Kind::V6 => {
+            let (source, _) = meta.addresses().ok_or(DropReason::NotIp)?;
+            // A host may speak from its link-local address, and from none before it has one (RFC 4862 section 5.4). A
+            // routed network takes neither further.
+            let is_local = match source {
+                IpAddr::V4(_) => false,
+                IpAddr::V6(v6) => v6.is_unspecified() || v6.is_unicast_link_local(),
+            };
+            if !is_local && !owns(source) {
+                return Err(DropReason::SpoofedAddress);
+            }
+            if is_discovery(meta) && icmp_type(meta) == NEIGHBOR_ADVERTISEMENT {
+                let target = v6_at(head, usize::from(meta.l4) + 8)?;
+                if !target.is_unicast_link_local() && !owns(target.into()) {
+                    return Err(DropReason::SpoofedNeighbor);
+                }
+            }
+            Ok(())
+        }
+        Kind::Other => Ok(()),
+    }
+}
+
+fn answer_arp(meta: &Meta, head: &[u8], gateway: &Gateway) -> Result<Verdict, DropReason> {
+    let arp = Arp::parse(head, usize::from(meta.l3))?;
+    if arp.is_request && arp.target == gateway.v4 { Ok(Verdict::Reply) } else { Err(DropReason::NeighborIgnored) }
+}
+
+fn answer_solicitation(meta: &Meta, head: &[u8], gateway: &Gateway) -> Result<Verdict, DropReason> {
+    // RFC 4861 section 7.1.1: a hop limit below 255 comes from another link.
+    if icmp_type(meta) == NEIGHBOR_SOLICITATION
+        && meta.ttl == 255
+        && v6_at(head, usize::from(meta.l4) + 8)? == gateway.v6
+    {
+        Ok(Verdict::Reply)
+    } else {
+        Err(DropReason::NeighborIgnored)
+    }
+}
+
+fn is_discovery(meta: &Meta) -> bool {
+    meta.kind == Kind::V6
+        && meta.protocol == ICMPV6
+        && !meta.is_fragment
+        && (ROUTER_SOLICITATION..=REDIRECT).contains(&icmp_type(meta))
+}
+
+fn icmp_type(meta: &Meta) -> u8 {
+    (meta.key.fields().ports.source >> 8) as u8
+}
+
+/// 01:80:c2:00:00:00 to 0f (802.1Q-2018 table 8-1).
+fn is_reserved(mac: MacAddr) -> bool {
+    mac.0[..5] == [0x01, 0x80, 0xc2, 0, 0] && mac.0[5] < 16
+}
+
+fn drop_it(reason: DropReason) -> Decision {
+    Decision { verdict: Verdict::Drop(reason), learn: None }
+}
+
+/// ARP for IPv4 over Ethernet (RFC 826).
+struct Arp {
+    is_request: bool,
+    sender_mac: MacAddr,
+    sender: std::net::Ipv4Addr,
+    target: std::net::Ipv4Addr,
+}
+
+impl Arp {
+    fn parse(head: &[u8], at: usize) -> Result<Arp, DropReason> {
+        let bytes: &[u8; 28] = head.get(at..).and_then(|rest| rest.first_chunk()).ok_or(DropReason::Truncated)?;
+        if bytes[..6] != [0, 1, 8, 0, 6, 4] {
+            return Err(DropReason::Malformed);
+        }
+        let [_, _, _, _, _, _, _, _, a, b, c, d, e, f, ..] = *bytes;
+        Ok(Arp {
+            is_request: u16_at(bytes, 6)? == 1,
+            sender_mac: MacAddr([a, b, c, d, e, f]),
+            sender: u32_at(bytes, 14)?.into(),
+            target: u32_at(bytes, 24)?.into(),
+        })
+    }
+}

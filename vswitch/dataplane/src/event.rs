@@ -1,0 +1,101 @@
+//! What a worker tells the control thread: learned MAC addresses. Bounded and deduplicated.
+
+use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
+
+/// Where a station is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Location {
+    /// Behind a port of this switch.
+    Port(PortId),
+    /// Behind a peer.
+    Peer(PeerIndex),
+}
+
+/// News from the data path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A station sent a packet: new, moved, or still there.
+    Seen {
+        /// Its network.
+        network: NetworkIndex,
+        /// Its address.
+        mac: MacAddr,
+        /// Where it is.
+        location: Location,
+    },
+}
+
+/// A station that is still where it was is reported this often.
+const REPEAT_NS: u64 = 1_000_000_000;
+
+/// Slots of the filter. Stations that share one are reported more often than needed, never less.
+const SLOTS: usize = 4096;
+
+/// Events that a worker keeps until they are drained.
+const CAPACITY: usize = 1024;
+
+/// Collects events, at most one a second for the same station at the same place.
+#[derive(Debug)]
+pub(crate) struct Events {
+    queue: Vec<Event>,
+    recent: Box<[(u64, Location, u64)]>,
+}
+
+impl Events {
+    pub(crate) fn new() -> Events {
+        let none = (u64::MAX, Location::Port(PortId(u16::MAX)), 0);
+        Events { queue: Vec::with_capacity(CAPACITY), recent: vec![none; SLOTS].into_boxed_slice() }
+    }
+
+    /// Notes that a station was seen. False if the queue was full.
+    pub(crate) fn seen(&mut self, now_ns: u64, network: NetworkIndex, mac: MacAddr, location: Location) -> bool {
+        let station = mac.to_u64() | u64::from(network.0) << 48;
+        let slot = (station.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52) as usize;
+        let (known, place, until) = self.recent[slot];
+        if known == station && place == location && now_ns < until {
+            return true;
+        }
+        if self.queue.len() == CAPACITY {
+            return false;
+        }
+        self.recent[slot] = (station, location, now_ns.saturating_add(REPEAT_NS));
+        self.queue.push(Event::Seen { network, mac, location });
+        true
+    }
+
+    pub(crate) fn drain(&mut self) -> impl Iterator<Item = Event> + '_ {
+        self.queue.drain(..)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repeats_are_held_back_and_moves_are_not() {
+        let mut events = Events::new();
+        let (network, mac) = (NetworkIndex(3), MacAddr([2, 0, 0, 0, 0, 9]));
+        let (here, there) = (Location::Port(PortId(1)), Location::Peer(PeerIndex(1)));
+        assert!(events.seen(0, network, mac, here));
+        assert!(events.seen(1, network, mac, here));
+        assert!(events.seen(2, network, mac, there));
+        assert!(events.seen(REPEAT_NS + 2, network, mac, there));
+        let places: Vec<_> = events.drain().map(|Event::Seen { location, .. }| location).collect();
+        assert_eq!(places, [here, there, there]);
+    }
+
+    #[test]
+    fn a_flood_of_stations_is_bounded() {
+        let mut events = Events::new();
+        let lost = (0..10_000_u64)
+            .filter(|&i| !events.seen(0, NetworkIndex(0), MacAddr::local_from(i), Location::Port(PortId(0))))
+            .count();
+        assert_eq!(events.drain().count() + lost, 10_000);
+        assert_eq!(lost, 10_000 - CAPACITY);
+    }
+}

@@ -1,0 +1,224 @@
+//! The flow table of one worker: exact match, from key to compiled action.
+//!
+//! # What
+//!
+//! Buckets of four entries. A bucket's tags (16 bytes) lie together, so one cache line tells which entry, if any, to look
+//! at; an entry is two lines, key and rest. The table never grows and never allocates after it is made.
+//!
+//! # Why this way
+//!
+//! An entry carries the generation of the snapshot it was decided by. Another generation is a miss, so a change of
+//! policy or routes takes effect at once and nobody walks the table. An entry also ends after [`LIFETIME_NS`]: the miss
+//! that follows refreshes learned addresses, which a packet on the hit path never touches.
+//!
+//! A full bucket gives up its stalest entry, else the one unused longest. A burst is looked up in two passes, so that the
+//! cache misses of its packets overlap: [`FlowTable::prefetch`], then [`FlowTable::find`] and the entry's own prefetch.
+//!
+//! # Cost
+//!
+//! 144 bytes an entry. One probe a hit.
+//!
+//! # References
+//!
+//! Open vSwitch's exact-match cache and OPTE's unified flow table have the same purpose; epochs are OPTE's word.
+
+use vswitch_xsk::prefetch;
+
+use crate::meta::FlowKey;
+use crate::verdict::Action;
+
+/// An entry is decided anew after this time.
+pub const LIFETIME_NS: u64 = 5_000_000_000;
+
+const WAYS: usize = 4;
+
+/// One flow.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub struct FlowEntry {
+    /// What its packets look like.
+    pub key: FlowKey,
+    /// Generation of the snapshot that decided; 0 for an unused entry.
+    pub generation: u64,
+    /// When it must be decided anew.
+    pub expires_ns: u64,
+    /// When it last matched.
+    pub used_ns: u64,
+    /// Packets matched.
+    pub packets: u64,
+    /// Bytes matched.
+    pub bytes: u64,
+    /// What to do.
+    pub action: Action,
+}
+
+/// The table.
+#[derive(Debug)]
+pub struct FlowTable {
+    tags: Box<[[u32; WAYS]]>,
+    entries: Box<[FlowEntry]>,
+    mask: usize,
+}
+
+const UNUSED: FlowEntry = FlowEntry {
+    key: FlowKey([0; 8]),
+    generation: 0,
+    expires_ns: 0,
+    used_ns: 0,
+    packets: 0,
+    bytes: 0,
+    action: Action::Local { port: vswitch_net::PortId(u16::MAX), rewrite: None },
+};
+
+impl FlowTable {
+    /// A table for `entries` flows, rounded up to a power of two, at least 16.
+    pub fn new(entries: usize) -> FlowTable {
+        let entries = entries.max(16).next_power_of_two();
+        FlowTable {
+            tags: vec![[0; WAYS]; entries / WAYS].into_boxed_slice(),
+            entries: vec![UNUSED; entries].into_boxed_slice(),
+            mask: entries / WAYS - 1,
+        }
+    }
+
+    /// Fetches the tags for a hash, ahead of [`find`](Self::find).
+    #[inline(always)]
+    pub fn prefetch(&self, hash: u64) {
+        prefetch(&self.tags[hash as usize & self.mask]);
+    }
+
+    /// The entry that may hold the flow, by tag alone; its two cache lines are fetched.
+    #[inline(always)]
+    pub fn find(&self, hash: u64) -> Option<usize> {
+        let bucket = hash as usize & self.mask;
+        let tag = tag(hash);
+        let way = self.tags[bucket].iter().position(|&other| other == tag)?;
+        let at = bucket * WAYS + way;
+        let entry = &self.entries[at];
+        prefetch(&entry.key);
+        prefetch(&entry.generation);
+        Some(at)
+    }
+
+    /// The action of the flow at `at`, if key and generation match and it has not expired; counts the packet.
+    #[inline(always)]
+    pub fn hit(&mut self, at: usize, key: &FlowKey, generation: u64, now_ns: u64, bytes: usize) -> Option<Action> {
+        let entry = &mut self.entries[at];
+        if entry.generation != generation || now_ns >= entry.expires_ns || entry.key != *key {
+            return None;
+        }
+        entry.used_ns = now_ns;
+        entry.packets += 1;
+        entry.bytes += bytes as u64;
+        Some(entry.action)
+    }
+
+    /// Stores a decision, in the flow's old place if it had one, and counts its packet.
+    pub fn insert(&mut self, key: &FlowKey, hash: u64, generation: u64, now_ns: u64, action: Action, bytes: usize) {
+        let bucket = hash as usize & self.mask;
+        let tag = tag(hash);
+        let ways = &self.entries[bucket * WAYS..(bucket + 1) * WAYS];
+        let same = (0..WAYS).find(|&way| self.tags[bucket][way] == tag && ways[way].key == *key);
+        let way = same.unwrap_or_else(|| {
+            (0..WAYS)
+                .min_by_key(|&way| {
+                    let is_live = ways[way].generation == generation && now_ns < ways[way].expires_ns;
+                    (self.tags[bucket][way] != 0, is_live, ways[way].used_ns)
+                })
+                .unwrap_or(0)
+        });
+        let entry = &mut self.entries[bucket * WAYS + way];
+        if same.is_none() {
+            (entry.packets, entry.bytes) = (0, 0);
+        }
+        self.tags[bucket][way] = tag;
+        entry.key = *key;
+        entry.generation = generation;
+        entry.expires_ns = now_ns.saturating_add(LIFETIME_NS);
+        entry.used_ns = now_ns;
+        entry.packets += 1;
+        entry.bytes += bytes as u64;
+        entry.action = action;
+    }
+
+    /// Room for this many flows.
+    pub fn capacity(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Flows that matched since `since_ns`.
+    pub fn dump(&self, since_ns: u64) -> impl Iterator<Item = &FlowEntry> {
+        self.entries.iter().filter(move |entry| entry.generation != 0 && entry.used_ns >= since_ns)
+    }
+}
+
+/// Never zero, which marks an unused way.
+#[inline(always)]
+fn tag(hash: u64) -> u32 {
+    (hash >> 32) as u32 | 1
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use vswitch_net::PortId;
+
+    use super::*;
+
+    fn action(port: u16) -> Action {
+        Action::Local { port: PortId(port), rewrite: None }
+    }
+
+    fn lookup(table: &mut FlowTable, key: &FlowKey, generation: u64, now_ns: u64) -> Option<Action> {
+        let at = table.find(key.hash(1))?;
+        table.hit(at, key, generation, now_ns, 64)
+    }
+
+    #[test]
+    fn an_entry_is_two_cache_lines() {
+        assert_eq!(size_of::<FlowEntry>(), 128);
+    }
+
+    #[test]
+    fn another_generation_or_a_late_packet_is_a_miss() {
+        let mut table = FlowTable::new(16);
+        let key = FlowKey([9; 8]);
+        table.insert(&key, key.hash(1), 5, 100, action(1), 64);
+        assert_eq!(lookup(&mut table, &key, 5, 101), Some(action(1)));
+        assert_eq!(lookup(&mut table, &key, 6, 101), None);
+        assert_eq!(lookup(&mut table, &key, 5, 100 + LIFETIME_NS), None);
+        table.insert(&key, key.hash(1), 6, 200, action(2), 64);
+        assert_eq!(lookup(&mut table, &key, 6, 201), Some(action(2)));
+        assert_eq!(table.dump(0).count(), 1, "decided anew in place");
+        assert_eq!(table.dump(0).next().unwrap().packets, 4);
+    }
+
+    /// Against a map: what the table says is never wrong, and with room to spare it is never silent.
+    #[test]
+    fn agrees_with_a_map() {
+        let mut table = FlowTable::new(1 << 14);
+        let mut map = BTreeMap::new();
+        for i in 0..2000_u64 {
+            let key = FlowKey([i % 700, i / 3 % 2, 0, 0, 1, 2, 3, 4]);
+            let generation = 1 + i / 1000;
+            table.insert(&key, key.hash(1), generation, i, action(i as u16), 64);
+            map.insert(key.0, (generation, action(i as u16)));
+        }
+        for (key, (generation, action)) in &map {
+            assert_eq!(lookup(&mut table, &FlowKey(*key), *generation, 2000), Some(*action));
+            assert_eq!(lookup(&mut table, &FlowKey(*key), 99, 2000), None);
+        }
+    }
+
+    #[test]
+    fn a_full_table_keeps_the_latest() {
+        let mut table = FlowTable::new(64);
+        for i in 0..10_000_u64 {
+            let key = FlowKey([i; 8]);
+            table.insert(&key, key.hash(1), 1, i, action(i as u16), 64);
+            assert_eq!(lookup(&mut table, &key, 1, i), Some(action(i as u16)));
+        }
+        assert!(table.dump(0).count() <= 64);
+    }
+}

@@ -1,0 +1,6 @@
+//! The tables: flows (one a worker), stations and routes (in the snapshot).
+
+pub mod fdb;
+pub mod flow;
+pub mod route;
+mod sharded;

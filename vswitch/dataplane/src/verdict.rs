@@ -1,0 +1,171 @@
+//! What becomes of a packet, and why not.
+
+use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
+
+/// The decision about one packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// As a flow entry says.
+    Forward(Action),
+    /// To every other port of the network, and to its peers if it came from a port here.
+    Flood,
+    /// Back to where it came from: the packet was turned into the switch's own answer.
+    Reply,
+    /// Nowhere.
+    Drop(DropReason),
+}
+
+/// What a flow entry does with its packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Out of a port of this switch.
+    Local {
+        /// The port.
+        port: PortId,
+        /// What to change, for routed packets.
+        rewrite: Option<Rewrite>,
+    },
+    /// Through VXLAN to a peer.
+    Encap {
+        /// The peer.
+        peer: PeerIndex,
+        /// The network whose VNI to use.
+        network: NetworkIndex,
+        /// What to change, for routed packets.
+        rewrite: Option<Rewrite>,
+    },
+}
+
+/// What routing changes: both MAC addresses; the hop count goes down by one with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rewrite {
+    /// New destination.
+    pub destination: MacAddr,
+    /// New source.
+    pub source: MacAddr,
+}
+
+macro_rules! drop_reasons {
+    ($($(#[doc = $doc:literal])+ $variant:ident, $name:literal, $sentence:literal;)+) => {
+        /// Why a packet was dropped. One counter each; the sentence is what an operator reads.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[repr(u8)]
+        pub enum DropReason {
+            $($(#[doc = $doc])+ $variant,)+
+        }
+
+        impl DropReason {
+            /// All reasons, in the order of their counters.
+            pub const ALL: &'static [DropReason] = &[$(DropReason::$variant,)+];
+
+            /// A short name, stable, for scripts.
+            pub fn name(self) -> &'static str {
+                match self { $(DropReason::$variant => $name,)+ }
+            }
+
+            /// What happened and what to look at.
+            pub fn sentence(self) -> &'static str {
+                match self { $(DropReason::$variant => $sentence,)+ }
+            }
+        }
+    };
+}
+
+drop_reasons! {
+    /// A header does not fit the packet.
+    Truncated, "truncated", "the packet ends inside a header";
+    /// A length field disagrees with the packet or with another one.
+    BadLength, "bad-length", "a length field says more or less than the packet holds";
+    /// Version, header length or another fixed field is wrong.
+    Malformed, "malformed", "a header field has a value that the protocol does not allow";
+    /// The IPv4 header checksum is wrong (RFC 1812 section 5.2.2).
+    BadIpChecksum, "bad-ip-checksum", "the IPv4 header checksum is wrong: look for damage on the link";
+    /// More IPv6 extension headers than are followed.
+    TooManyHeaders, "too-many-headers", "more than 8 IPv6 extension headers in a row";
+    /// An inner 802.1Q tag (RFC 7348 section 6.1).
+    Tagged, "vlan-tag", "an 802.1Q tag where none is allowed (RFC 7348 section 6.1)";
+    /// The source MAC is a group address or zero.
+    BadSourceMac, "bad-source-mac", "the source MAC is multicast or zero";
+    /// 01:80:c2:00:00:0x: not for forwarding (802.1Q-2018 section 8.6.3).
+    ReservedMac, "reserved-mac", "a link-local control frame (01:80:c2:00:00:0x) is not forwarded";
+    /// Not VXLAN to our VTEP.
+    NotVxlan, "not-vxlan", "the packet from the uplink is not VXLAN to an address and port of this node";
+    /// The VXLAN header lacks the I flag (RFC 7348 section 5).
+    BadVxlan, "bad-vxlan", "the VXLAN header has no VNI flag";
+    /// No network has this VNI.
+    UnknownVni, "unknown-vni", "no network of this node has the packet's VNI: compare `switchctl network list` on both nodes";
+    /// The sender is no peer of ours.
+    UnknownPeer, "unknown-peer", "the sending VTEP is not a peer: add it with `switchctl peer add`";
+    /// VXLAN to our port inside a network: a loop, or a pod that forges overlay traffic.
+    NestedVxlan, "nested-vxlan", "VXLAN inside a network: a loop, or a pod that forges overlay packets";
+    /// Congestion mark on a packet whose sender cannot read it (RFC 6040 section 4.2).
+    EcnNotCapable, "ecn-not-capable", "marked congested on the way, and its sender does not speak ECN (RFC 6040)";
+    /// The port sent with another port's MAC.
+    SpoofedMac, "spoofed-mac", "the source MAC is not the port's";
+    /// The port sent with an address that is not its own.
+    SpoofedAddress, "spoofed-address", "the source address is none of the port's";
+    /// The port claimed an address that is not its own in ARP or ND.
+    SpoofedNeighbor, "spoofed-neighbor", "ARP or neighbor discovery claims an address that is none of the port's";
+    /// A routed packet for another MAC than the gateway's.
+    NotForGateway, "not-for-gateway", "a routed network takes packets for the gateway's MAC only";
+    /// A routed packet whose hops are used up.
+    TtlExpired, "ttl-expired", "time to live or hop limit is used up";
+    /// No route.
+    NoRoute, "no-route", "no route to the destination: see `switchctl route list`";
+    /// For the gateway's own address, which offers nothing but ARP and neighbor discovery.
+    ToGateway, "to-gateway", "the gateway address answers only ARP and neighbor solicitation";
+    /// Multicast or broadcast in a routed network.
+    RoutedMulticast, "routed-multicast", "a routed network forwards no multicast and no broadcast";
+    /// An ARP or ND message that asks nothing of the switch.
+    NeighborIgnored, "neighbor-ignored", "ARP or neighbor discovery that is not for the gateway";
+    /// Another protocol than IP in a routed network.
+    NotIp, "not-ip", "a routed network carries IPv4, IPv6, ARP and neighbor discovery only";
+    /// From the wire to the wire.
+    SplitHorizon, "split-horizon", "what came from a peer is not sent to a peer";
+    /// The destination is where it came from.
+    SamePort, "same-port", "the destination is behind the port that sent it";
+    /// Nobody to flood to.
+    NoReceiver, "no-receiver", "nobody else is in the network";
+    /// The peer's next hop is not resolved.
+    NoNeighbor, "no-neighbor", "the kernel has no route or no neighbor for the peer yet: see `switchctl peer list`";
+    /// Larger than the uplink carries.
+    TooBigForWire, "too-big-for-wire", "larger than the uplink's MTU with its VXLAN headers: see the pod's route MTU";
+    /// Larger than the port's link carries.
+    TooBigForPort, "too-big-for-port", "larger than the port's MTU";
+    /// The headers do not fit before the packet.
+    NoHeadroom, "no-headroom", "no room before the packet for the VXLAN headers";
+    /// The port is gone or being removed.
+    NoPort, "no-port", "the port is gone";
+    /// The port's transmit ring is full.
+    TxFull, "tx-full", "the port's transmit queue is full: the receiver is slower than the sender";
+    /// No free frame for a copy.
+    NoFrames, "no-frames", "no free frame for a copy: raise `worker.umem_frames`";
+}
+
+impl DropReason {
+    /// How many there are.
+    pub const COUNT: usize = DropReason::ALL.len();
+
+    /// The position of the counter.
+    pub fn index(self) -> usize {
+        self as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_positions_match() {
+        for (at, reason) in DropReason::ALL.iter().enumerate() {
+            assert_eq!(reason.index(), at);
+            assert_eq!(DropReason::ALL.iter().filter(|other| other.name() == reason.name()).count(), 1);
+        }
+    }
+
+    #[test]
+    fn an_action_is_small() {
+        assert!(size_of::<Action>() <= 24);
+    }
+}

@@ -1,0 +1,345 @@
+//! One worker: its ports, its umem, its flows. The engine of the switch.
+//!
+//! The thread, the clock and the sleep belong to the daemon; here is one *turn*, a pass over the ports that may have
+//! something. A port that has had nothing for a while is handed out to be parked ([`Worker::take_idle`]) until its owner
+//! sees its socket become readable; an idle port then costs nothing.
+
+use vswitch_net::PortId;
+use vswitch_xsk::{Packet, Umem, prefetch};
+
+use crate::counters::Counters;
+use crate::decide::decide;
+use crate::egress::{Egress, Ports};
+use crate::event::{Event, Events};
+use crate::meta::Meta;
+use crate::parse::parse;
+use crate::port::PortIo;
+use crate::reply;
+use crate::snapshot::{NetworkMode, Snapshot};
+use crate::table::flow::{FlowEntry, FlowTable};
+use crate::verdict::{Action, DropReason, Verdict};
+
+/// Most packets of one receive call.
+pub const BURST: usize = 64;
+
+/// Sizes of a worker.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkerConfig {
+    /// Flow entries.
+    pub flow_entries: usize,
+    /// Seed of the flow hash; a secret of the process.
+    pub seed: u64,
+    /// Turns without a packet until a port counts as idle.
+    pub idle_turns: u32,
+}
+
+/// What a turn did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Turn {
+    /// Packets received.
+    pub received: usize,
+    /// True if packets are still under way to the kernel, so that another turn is due soon.
+    pub is_sending: bool,
+}
+
+/// One worker.
+#[derive(Debug)]
+pub struct Worker<P> {
+    umem: Umem,
+    ports: Ports<P>,
+    /// Ports to poll, each with its turns without a packet.
+    active: Vec<(PortId, u32)>,
+    idle: Vec<PortId>,
+    flows: FlowTable,
+    counters: Counters,
+    events: Events,
+    burst: Burst,
+    config: WorkerConfig,
+}
+
+/// One burst on its walk. Allocated once.
+#[derive(Debug)]
+struct Burst {
+    packets: Vec<Packet>,
+    /// Parsed packets, in order.
+    slots: Vec<Slot>,
+    /// Positions in `slots`, by verdict.
+    local: Vec<u8>,
+    encap: Vec<u8>,
+}
+
+/// One packet of a burst; taken out when it leaves.
+#[derive(Debug)]
+struct Slot {
+    packet: Option<Packet>,
+    meta: Meta,
+    /// The flow entry that may match.
+    found: Option<usize>,
+    action: Option<Action>,
+}
+
+impl<P: PortIo> Worker<P> {
+    /// A worker over `umem`, without ports.
+    pub fn new(umem: Umem, config: WorkerConfig) -> Worker<P> {
+        Worker {
+            umem,
+            ports: Ports { io: Vec::new(), busy: Vec::new(), is_busy: Vec::new() },
+            active: Vec::new(),
+            idle: Vec::new(),
+            flows: FlowTable::new(config.flow_entries),
+            counters: Counters::default(),
+            events: Events::new(),
+            burst: Burst {
+                packets: Vec::with_capacity(BURST),
+                slots: Vec::with_capacity(BURST),
+                local: Vec::with_capacity(BURST),
+                encap: Vec::with_capacity(BURST),
+            },
+            config,
+        }
+    }
+
+    /// Adds a port; it is polled from the next turn on. Its counters start at zero.
+    ///
+    /// What stood at that id before comes back.
+    pub fn insert_port(&mut self, port: PortId, io: P) -> Option<P> {
+        let before = self.remove_port(port);
+        if self.ports.io.len() <= port.index() {
+            self.ports.io.resize_with(port.index() + 1, || None);
+            self.ports.is_busy.resize(port.index() + 1, false);
+        }
+        self.ports.io[port.index()] = Some(io);
+        self.counters.open(port);
+        self.wake(port);
+        // What `mark_busy` and `wake` push must never allocate during a turn.
+        let count = self.ports.io.len();
+        self.ports.busy.reserve(count);
+        self.active.reserve(count);
+        self.idle.reserve(count);
+        before
+    }
+
+    /// Takes a port away, with whatever it still has under way.
+    pub fn remove_port(&mut self, port: PortId) -> Option<P> {
+        self.active.retain(|&(other, _)| other != port);
+        self.idle.retain(|&other| other != port);
+        self.ports.busy.retain(|&other| other != port);
+        if let Some(is_busy) = self.ports.is_busy.get_mut(port.index()) {
+            *is_busy = false;
+        }
+        self.ports.io.get_mut(port.index())?.take()
+    }
+
+    /// Polls a parked port again.
+    pub fn wake(&mut self, port: PortId) {
+        if !self.active.iter().any(|&(other, _)| other == port) {
+            self.active.push((port, 0));
+        }
+    }
+
+    /// Ports that have become idle since the last call. They are not polled until [`wake`](Self::wake).
+    pub fn take_idle(&mut self) -> impl Iterator<Item = PortId> + '_ {
+        self.idle.drain(..)
+    }
+
+    /// True if no port is polled and nothing is under way: the thread may sleep.
+    pub fn is_quiet(&self) -> bool {
+        self.active.is_empty() && self.ports.busy.is_empty() && self.idle.is_empty()
+    }
+
+    /// One pass: receive, decide, send, and take sent frames back.
+    pub fn turn(&mut self, now_ns: u64, snapshot: &Snapshot) -> Turn {
+        let mut received = 0;
+        let mut at = 0;
+        while at < self.active.len() {
+            let (port, quiet) = self.active[at];
+            let count = match self.ports.io.get_mut(port.index()) {
+                Some(Some(io)) => io.rx_burst(&mut self.umem, &mut self.burst.packets, BURST),
+                _ => 0,
+            };
+            if count > 0 {
+                received += count;
+                self.active[at].1 = 0;
+                self.process(port, now_ns, snapshot);
+            } else if quiet >= self.config.idle_turns {
+                self.park(at);
+                continue;
+            } else {
+                self.active[at].1 = quiet + 1;
+            }
+            at += 1;
+        }
+        self.flush();
+        Turn { received, is_sending: !self.ports.busy.is_empty() }
+    }
+
+    /// Events since the last call.
+    pub fn drain_events(&mut self) -> impl Iterator<Item = Event> + '_ {
+        self.events.drain()
+    }
+
+    /// True if [`drain_events`](Self::drain_events) has something.
+    pub fn has_events(&self) -> bool {
+        !self.events.is_empty()
+    }
+
+    /// Counts an event that found its queue full.
+    pub fn count_lost_event(&mut self) {
+        self.counters.events_lost += 1;
+    }
+
+    /// The counters.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// The umem.
+    pub fn umem(&self) -> &Umem {
+        &self.umem
+    }
+
+    /// The umem, to adopt sockets into and to reclaim frames.
+    pub fn umem_mut(&mut self) -> &mut Umem {
+        &mut self.umem
+    }
+
+    /// A port's device, to read its statistics.
+    pub fn port(&self, port: PortId) -> Option<&P> {
+        self.ports.io.get(port.index())?.as_ref()
+    }
+
+    /// Port and umem together, for tests that put packets in and take them out.
+    pub fn port_and_umem(&mut self, port: PortId) -> Option<(&mut P, &mut Umem)> {
+        Some((self.ports.io.get_mut(port.index())?.as_mut()?, &mut self.umem))
+    }
+
+    /// Flows that matched since `since_ns`, at most `limit`.
+    pub fn flows(&self, since_ns: u64, limit: usize) -> Vec<FlowEntry> {
+        self.flows.dump(since_ns).take(limit).copied().collect()
+    }
+
+    /// Takes the port at `at` of the active list off it.
+    fn park(&mut self, at: usize) {
+        let (port, _) = self.active.swap_remove(at);
+        if let Some(Some(io)) = self.ports.io.get_mut(port.index()) {
+            io.rest();
+            self.idle.push(port);
+        }
+    }
+
+    /// The walk of one burst: parse all, look all up, decide about the misses, then one loop a verdict.
+    fn process(&mut self, ingress: PortId, now_ns: u64, snapshot: &Snapshot) {
+        let Worker { umem, ports, flows, counters, events, burst, config, .. } = self;
+        let Burst { packets, slots, local, encap } = burst;
+        let mut out = Egress { ports, umem, counters, snapshot };
+        for packet in packets.iter() {
+            prefetch(packet.head().first_byte());
+        }
+        count_received(&mut out, ingress, packets);
+        for mut packet in packets.drain(..) {
+            match parse(&mut packet, ingress, snapshot, config.seed) {
+                Ok(meta) => {
+                    flows.prefetch(meta.hash);
+                    slots.push(Slot { packet: Some(packet), meta, found: None, action: None });
+                }
+                Err(reason) => out.drop(packet, ingress, reason),
+            }
+        }
+        for slot in slots.iter_mut() {
+            slot.found = flows.find(slot.meta.hash);
+        }
+        for (at, slot) in slots.iter_mut().enumerate() {
+            let meta = &slot.meta;
+            let bytes = slot.packet.as_ref().map_or(0, Packet::len);
+            slot.action = slot.found.and_then(|at| flows.hit(at, &meta.key, snapshot.generation, now_ns, bytes));
+            if slot.action.is_some() {
+                out.counters.flow_hits += 1;
+            } else {
+                out.counters.flow_misses += 1;
+                slot.action = miss(&mut slot.packet, meta, now_ns, &mut out, events);
+                if let Some(action) = slot.action {
+                    flows.insert(&meta.key, meta.hash, snapshot.generation, now_ns, action, bytes);
+                }
+            }
+            match slot.action {
+                Some(Action::Encap { .. }) => encap.push(at as u8),
+                Some(Action::Local { .. }) => local.push(at as u8),
+                None => {}
+            }
+        }
+        for at in encap.drain(..) {
+            let slot = &mut slots[usize::from(at)];
+            if let (Some(packet), Some(Action::Encap { peer, network, rewrite })) = (slot.packet.take(), slot.action) {
+                out.encap(packet, &slot.meta, peer, network, rewrite);
+            }
+        }
+        for at in local.drain(..) {
+            let slot = &mut slots[usize::from(at)];
+            if let (Some(packet), Some(Action::Local { port, rewrite })) = (slot.packet.take(), slot.action) {
+                out.local(packet, &slot.meta, port, rewrite);
+            }
+        }
+        slots.clear();
+    }
+
+    /// Flushes every port that has something under way; what the kernel did not take stays for the next turn.
+    fn flush(&mut self) {
+        let Ports { io, busy, is_busy } = &mut self.ports;
+        busy.retain(|&port| {
+            let done = match io.get_mut(port.index()) {
+                Some(Some(io)) => io.flush(&mut self.umem),
+                _ => true,
+            };
+            is_busy[port.index()] = !done;
+            !done
+        });
+    }
+}
+
+fn count_received<P>(out: &mut Egress<'_, P>, ingress: PortId, packets: &[Packet]) {
+    if let Some(port) = out.counters.port_mut(ingress) {
+        port.rx_packets += packets.len() as u64;
+        port.rx_bytes += packets.iter().map(|packet| packet.len() as u64).sum::<u64>();
+    }
+}
+
+/// The miss path. Gives the action to forward by and to remember, or takes the packet to its end itself.
+fn miss<P: PortIo>(
+    slot: &mut Option<Packet>,
+    meta: &Meta,
+    now_ns: u64,
+    out: &mut Egress<'_, P>,
+    events: &mut Events,
+) -> Option<Action> {
+    let packet = slot.as_ref()?;
+    let decision = decide(meta, packet.head().data(), out.snapshot);
+    if let Some(location) = decision.learn
+        && !events.seen(now_ns, meta.network, meta.source, location)
+    {
+        out.counters.events_lost += 1;
+    }
+    if let Verdict::Forward(action) = decision.verdict {
+        return Some(action);
+    }
+    let mut packet = slot.take()?;
+    match decision.verdict {
+        Verdict::Flood => match out.snapshot.network(meta.network) {
+            Some(network) => out.flood(packet, meta, network),
+            None => out.drop(packet, meta.ingress, DropReason::UnknownVni),
+        },
+        Verdict::Reply => match answer(&mut packet, meta, out.snapshot) {
+            Ok(()) => out.reply(packet, meta),
+            Err(reason) => out.drop(packet, meta.ingress, reason),
+        },
+        Verdict::Drop(reason) => out.drop(packet, meta.ingress, reason),
+        Verdict::Forward(_) => {}
+    }
+    None
+}
+
+fn answer(packet: &mut Packet, meta: &Meta, snapshot: &Snapshot) -> Result<(), DropReason> {
+    match snapshot.network(meta.network).map(|network| network.mode) {
+        Some(NetworkMode::Routed(gateway)) => reply::answer(packet, meta, &gateway),
+        _ => Err(DropReason::NeighborIgnored),
+    }
+}
