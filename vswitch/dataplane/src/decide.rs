@@ -66,9 +66,6 @@ fn bridge(meta: &Meta, network: &Network, snapshot: &Snapshot) -> Decision {
         Some(peer) => Location::Peer(peer),
         None => Location::Port(meta.ingress),
     };
-    let learn =
-        (snapshot.fdb.lookup(meta.network, meta.source) != Some(here) || meta.peer.is_some() || !network.spoof_check)
-            .then_some(here);
     let verdict = if meta.destination.is_multicast() {
         Verdict::Flood
     } else {
@@ -82,7 +79,7 @@ fn bridge(meta: &Meta, network: &Network, snapshot: &Snapshot) -> Decision {
             }
         }
     };
-    Decision { verdict, learn }
+    Decision { verdict, learn: Some(here) }
 }
 
 /// Forwarding by IP (RFC 1812 section 5).

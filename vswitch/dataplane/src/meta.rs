@@ -150,11 +150,12 @@ impl FlowKey {
     #[inline(always)]
     pub fn hash(&self, seed: u64) -> u64 {
         let [a, b, c, d, e, f, g, h] = self.0;
-        let one = fold(a ^ seed, b ^ 0x9e37_79b9_7f4a_7c15);
-        let two = fold(c ^ 0xbf58_476d_1ce4_e5b9, d ^ seed);
-        let three = fold(e ^ seed.rotate_left(32), f ^ 0x94d0_49bb_1331_11eb);
-        let four = fold(g ^ 0xd6e8_feb8_6659_fd93, h ^ seed.rotate_left(17));
-        fold(one ^ three ^ 0x2545_f491_4f6c_dd1d, two ^ four.rotate_left(23) ^ seed)
+        let salt = |turn: u32, constant: u64| seed.rotate_left(turn) ^ constant;
+        let one = fold(a ^ seed, b ^ salt(7, 0x9e37_79b9_7f4a_7c15));
+        let two = fold(c ^ salt(13, 0xbf58_476d_1ce4_e5b9), d ^ salt(19, 0x2545_f491_4f6c_dd1d));
+        let three = fold(e ^ salt(29, 0x94d0_49bb_1331_11eb), f ^ salt(37, 0xd6e8_feb8_6659_fd93));
+        let four = fold(g ^ salt(43, 0xa076_1d64_78bd_642f), h ^ salt(53, 0xe703_7ed1_a0b4_28db));
+        fold(one ^ three ^ salt(59, 0), two ^ four.rotate_left(23) ^ seed)
     }
 
     /// The key taken apart.

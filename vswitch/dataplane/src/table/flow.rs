@@ -166,12 +166,14 @@ mod tests {
 
     use super::*;
 
+    const SEED: u64 = 0x5eed_5eed_1234_abcd;
+
     fn action(port: u16) -> Action {
         Action::Local { port: PortId(port), rewrite: None }
     }
 
     fn lookup(table: &mut FlowTable, key: &FlowKey, generation: u64, now_ns: u64) -> Option<Action> {
-        let at = table.find(key.hash(1))?;
+        let at = table.find(key.hash(SEED))?;
         table.hit(at, key, generation, now_ns, 64)
     }
 
@@ -184,11 +186,11 @@ mod tests {
     fn another_generation_or_a_late_packet_is_a_miss() {
         let mut table = FlowTable::new(16);
         let key = FlowKey([9; 8]);
-        table.insert(&key, key.hash(1), 5, 100, action(1), 64);
+        table.insert(&key, key.hash(SEED), 5, 100, action(1), 64);
         assert_eq!(lookup(&mut table, &key, 5, 101), Some(action(1)));
         assert_eq!(lookup(&mut table, &key, 6, 101), None);
         assert_eq!(lookup(&mut table, &key, 5, 100 + LIFETIME_NS), None);
-        table.insert(&key, key.hash(1), 6, 200, action(2), 64);
+        table.insert(&key, key.hash(SEED), 6, 200, action(2), 64);
         assert_eq!(lookup(&mut table, &key, 6, 201), Some(action(2)));
         assert_eq!(table.dump(0).count(), 1, "decided anew in place");
         assert_eq!(table.dump(0).next().unwrap().packets, 4);
@@ -202,7 +204,7 @@ mod tests {
         for i in 0..2000_u64 {
             let key = FlowKey([i % 700, i / 3 % 2, 0, 0, 1, 2, 3, 4]);
             let generation = 1 + i / 1000;
-            table.insert(&key, key.hash(1), generation, i, action(i as u16), 64);
+            table.insert(&key, key.hash(SEED), generation, i, action(i as u16), 64);
             map.insert(key.0, (generation, action(i as u16)));
         }
         for (key, (generation, action)) in &map {
@@ -216,7 +218,7 @@ mod tests {
         let mut table = FlowTable::new(64);
         for i in 0..10_000_u64 {
             let key = FlowKey([i; 8]);
-            table.insert(&key, key.hash(1), 1, i, action(i as u16), 64);
+            table.insert(&key, key.hash(SEED), 1, i, action(i as u16), 64);
             assert_eq!(lookup(&mut table, &key, 1, i), Some(action(i as u16)));
         }
         assert!(table.dump(0).count() <= 64);
