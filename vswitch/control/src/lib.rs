@@ -1,1 +1,227 @@
-//! Placeholder.
+//! Intent: what the switch shall be, and the snapshot the data path reads.
+//!
+//! ```text
+//! request -> Control::handle -> apply (check everything, then change desired state) -> compile -> Snapshot
+//! ```
+//!
+//! # What
+//!
+//! [`Control`] holds the desired state (networks, peers, ports, routes, static stations), what was learned (stations) and
+//! what the kernel told (uplink, next hops), and compiles all three into a [`Snapshot`]. It has no socket, no thread and no
+//! clock: requests and time are arguments, and what only the kernel can do is behind the [`Backend`] trait.
+//!
+//! # Why this way
+//!
+//! A request is checked whole before the first field changes, so it either happens or leaves nothing. Config file, CNI
+//! and `switchctl` send the same requests, so there is one way in and one set of checks.
+//!
+//! # Cost
+//!
+//! A change copies the arrays of ports, networks and peers (pointers) and one shard of the table it touches.
+#![forbid(unsafe_code)]
+
+mod apply;
+mod backend;
+mod compile;
+mod desired;
+mod ipam;
+mod learned;
+mod report;
+mod state;
+mod underlay;
+
+use std::sync::Arc;
+
+pub use backend::{Attached, Backend, FlowSample, SocketSample, WorkerSample};
+pub use state::{PortRecord, State};
+pub use underlay::{NextHop, UplinkState};
+use vswitch_api::{Answer, ApiError, Request};
+use vswitch_dataplane::{Event, Snapshot};
+use vswitch_net::{NetworkIndex, PortId};
+
+use crate::compile::Tables;
+use crate::desired::Desired;
+use crate::learned::{Change, Learned};
+use crate::underlay::UnderlayView;
+
+/// The port number of the uplink.
+pub const UPLINK_PORT: PortId = PortId(0);
+
+/// Limits and times that the configuration sets.
+#[derive(Clone, Copy, Debug)]
+pub struct ControlConfig {
+    /// UDP port of VXLAN.
+    pub udp_port: u16,
+    /// A learned station is forgotten after this long without a packet.
+    pub fdb_ageing_ns: u64,
+    /// Most learned stations of one network.
+    pub fdb_limit: usize,
+}
+
+/// The one writer of everything the switch decides by.
+#[derive(Debug)]
+pub struct Control {
+    desired: Desired,
+    learned: Learned,
+    underlay: UnderlayView,
+    tables: Tables,
+    generation: u64,
+    dirty: Dirty,
+}
+
+/// What must be published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Dirty {
+    Nothing,
+    /// Something new that no flow entry depends on.
+    Addition,
+    /// Something that flow entries may have been decided by.
+    Change,
+}
+
+impl Default for ControlConfig {
+    fn default() -> Self {
+        ControlConfig { udp_port: vswitch_net::VXLAN_PORT, fdb_ageing_ns: 300_000_000_000, fdb_limit: 8192 }
+    }
+}
+
+impl Control {
+    /// A switch with nothing in it.
+    pub fn new(config: ControlConfig) -> Control {
+        Control {
+            desired: Desired::default(),
+            learned: Learned::new(config.fdb_ageing_ns, config.fdb_limit),
+            underlay: UnderlayView::new(config.udp_port),
+            tables: Tables::default(),
+            generation: 0,
+            dirty: Dirty::Change,
+        }
+    }
+
+    /// Carries a request out, whole or not at all. `now_ns` never goes back.
+    ///
+    /// # Errors
+    ///
+    /// A code and a sentence that names the remedy; nothing was changed.
+    pub fn handle(&mut self, now_ns: u64, request: Request, backend: &mut dyn Backend) -> Result<Answer, ApiError> {
+        match request {
+            Request::Status
+            | Request::PortList { .. }
+            | Request::NetworkList
+            | Request::PeerList
+            | Request::FdbList { .. }
+            | Request::RouteList { .. }
+            | Request::NeighborList
+            | Request::FlowList { .. }
+            | Request::Stats
+            | Request::Drops => self.report(now_ns, request, backend),
+            change => self.apply(change, backend),
+        }
+    }
+
+    /// Carries out a request of the configuration file: what it makes is not written to the state.
+    ///
+    /// # Errors
+    ///
+    /// As [`handle`](Self::handle).
+    pub fn configure(&mut self, request: Request, backend: &mut dyn Backend) -> Result<Answer, ApiError> {
+        self.desired.is_configuring = true;
+        let answer = self.apply(request, backend);
+        self.desired.is_configuring = false;
+        answer
+    }
+
+    /// Takes note of what a worker saw.
+    pub fn learn(&mut self, now_ns: u64, event: Event) {
+        let Event::Seen { network, mac, location } = event;
+        if self.desired.is_static(network, mac) || !self.desired.is_bridged(network) {
+            return;
+        }
+        match self.learned.seen(now_ns, network, mac, location) {
+            Change::None => {}
+            Change::New { evicted } => {
+                if let Some(evicted) = evicted {
+                    self.tables.fdb.remove(network, evicted);
+                    self.mark(Dirty::Change);
+                }
+                self.tables.fdb.insert(network, mac, location);
+                self.mark(Dirty::Addition);
+            }
+            Change::Moved => {
+                self.tables.fdb.insert(network, mac, location);
+                self.mark(Dirty::Change);
+            }
+        }
+    }
+
+    /// Lets time pass: stations that were silent too long are forgotten. Call it about once a second.
+    pub fn tick(&mut self, now_ns: u64) {
+        for (network, mac) in self.learned.age(now_ns) {
+            self.tables.fdb.remove(network, mac);
+            self.mark(Dirty::Change);
+        }
+    }
+
+    /// Tells what the uplink is now; none if it is not usable.
+    pub fn set_uplink(&mut self, uplink: Option<UplinkState>) {
+        if self.underlay.uplink != uplink {
+            self.underlay.uplink = uplink;
+            self.mark(Dirty::Change);
+        }
+    }
+
+    /// The uplink as last told.
+    pub fn uplink(&self) -> Option<&UplinkState> {
+        self.underlay.uplink.as_ref()
+    }
+
+    /// VTEPs of all peers, whose next hops are wanted.
+    pub fn vteps(&self) -> impl Iterator<Item = std::net::IpAddr> + '_ {
+        self.desired.peers.values().map(|peer| peer.spec.vtep)
+    }
+
+    /// Tells how the kernel would reach a VTEP.
+    pub fn set_next_hop(&mut self, vtep: std::net::IpAddr, next_hop: NextHop) {
+        if self.underlay.next_hops.get(&vtep) != Some(&next_hop) {
+            self.underlay.next_hops.insert(vtep, next_hop);
+            self.mark(Dirty::Change);
+        }
+    }
+
+    /// The links of all access ports, with their numbers.
+    pub fn links(&self) -> impl Iterator<Item = (PortId, &str)> {
+        self.desired.ports.iter().map(|(&id, port)| (id, port.record.spec.link.as_str()))
+    }
+
+    /// The next snapshot, if anything has changed since the last one.
+    pub fn take_snapshot(&mut self) -> Option<Arc<Snapshot>> {
+        match self.dirty {
+            Dirty::Nothing => return None,
+            Dirty::Addition => {}
+            Dirty::Change => self.generation += 1,
+        }
+        self.dirty = Dirty::Nothing;
+        Some(Arc::new(self.compile()))
+    }
+
+    /// What must survive a restart.
+    pub fn state(&self, boot_id: &str) -> State {
+        self.desired.state(boot_id)
+    }
+
+    /// Takes over what a former daemon left: its networks, peers and routes, then its ports, whose links are attached
+    /// again. What cannot be taken over is named in the result.
+    pub fn restore(&mut self, state: State, backend: &mut dyn Backend) -> Vec<String> {
+        state::restore(self, state, backend)
+    }
+
+    fn mark(&mut self, dirty: Dirty) {
+        self.dirty = self.dirty.max(dirty);
+    }
+
+    fn forget_stations(&mut self, gone: Vec<(NetworkIndex, vswitch_net::MacAddr)>) {
+        for (network, mac) in gone {
+            self.tables.fdb.remove(network, mac);
+        }
+    }
+}

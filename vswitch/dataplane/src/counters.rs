@@ -27,6 +27,8 @@ pub struct PortCounters {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     ports: Vec<PortCounters>,
+    /// Sum of ports whose numbers were given to others since.
+    retired: PortCounters,
     /// Flow lookups that found a valid entry.
     pub flow_hits: u64,
     /// Flow lookups that did not.
@@ -75,7 +77,8 @@ impl Counters {
         if self.ports.len() <= port.index() {
             self.ports.resize(port.index() + 1, PortCounters::default());
         }
-        self.ports[port.index()] = PortCounters::default();
+        let before = std::mem::take(&mut self.ports[port.index()]);
+        self.retired.add(&before);
     }
 
     /// The counters of a port; zeros if it never existed.
@@ -97,9 +100,9 @@ impl Counters {
         }
     }
 
-    /// All ports together.
+    /// All ports together, those too that are gone.
     pub fn total(&self) -> PortCounters {
-        let mut total = PortCounters::default();
+        let mut total = self.retired;
         self.ports.iter().for_each(|port| total.add(port));
         total
     }

@@ -10,7 +10,7 @@ use vswitch_net::MacAddr;
 use crate::event::Location;
 use crate::meta::{Kind, Meta};
 use crate::parse::{ICMPV6, u16_at, u32_at, v6_at};
-use crate::snapshot::{Access, Gateway, Network, NetworkMode, PortKind, Snapshot};
+use crate::snapshot::{Access, Gateway, NetworkMode, PortKind, Snapshot};
 use crate::table::route::NextHop;
 use crate::verdict::{Action, DropReason, Rewrite, Verdict};
 
@@ -49,7 +49,7 @@ pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
         return drop_it(reason);
     }
     match network.mode {
-        NetworkMode::Bridged => bridge(meta, network, snapshot),
+        NetworkMode::Bridged => bridge(meta, snapshot),
         NetworkMode::Routed(gateway) => {
             let verdict = route(meta, head, &gateway, access.is_some(), snapshot).unwrap_or_else(Verdict::Drop);
             Decision { verdict, learn: None }
@@ -58,7 +58,7 @@ pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
 }
 
 /// Forwarding by MAC (802.1Q-2018 section 8.6).
-fn bridge(meta: &Meta, network: &Network, snapshot: &Snapshot) -> Decision {
+fn bridge(meta: &Meta, snapshot: &Snapshot) -> Decision {
     if is_reserved(meta.destination) {
         return drop_it(DropReason::ReservedMac);
     }

@@ -1,0 +1,457 @@
+//! Requests that change something: every check first, then the change.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use vswitch_api::{
+    Answer, ApiError, Attachment, ErrorCode, FdbSpec, FdbTarget, NetworkMode, NetworkSpec, PeerSpec, PortSpec, Request,
+    RouteSpec,
+};
+use vswitch_dataplane::{Location, table::route};
+use vswitch_net::{MacAddr, NetworkIndex, POD_LINK_MTU, PortId};
+
+use crate::backend::Backend;
+use crate::desired::{NetworkEntry, PeerEntry, PortEntry, RouteEntry, StationEntry, not_found};
+use crate::state::PortRecord;
+use crate::{Control, Dirty, ipam};
+
+/// Smallest MTU of a pod's link: what IPv6 needs (RFC 8200 section 5).
+const MIN_MTU: u32 = 1280;
+
+type Applied = Result<Answer, ApiError>;
+
+impl Control {
+    pub(crate) fn apply(&mut self, request: Request, backend: &mut dyn Backend) -> Applied {
+        match request {
+            Request::PortAdd(spec) => self.add_port(spec, backend),
+            Request::PortDel { link } => Ok(self.remove_ports(backend, |port| port.spec.link == link)),
+            Request::PortGc { owner, valid } => {
+                Ok(self.remove_ports(backend, |port| is_stale(&port.spec, &owner, &valid)))
+            }
+            Request::NetworkAdd(spec) => self.add_network(spec),
+            Request::NetworkDel { name } => self.remove_network(&name),
+            Request::PeerAdd(spec) => self.add_peer(spec),
+            Request::PeerDel { name } => self.remove_peer(&name),
+            Request::RouteAdd(spec) => self.add_route(spec),
+            Request::RouteDel { network, prefix } => self.remove_route(&network, prefix),
+            Request::FdbAdd(spec) => self.add_station(spec),
+            Request::FdbDel { network, mac } => self.remove_station(&network, mac),
+            other => Err(ApiError::new(ErrorCode::BadRequest, format!("{other:?} changes nothing"))),
+        }
+    }
+
+    fn add_network(&mut self, spec: NetworkSpec) -> Applied {
+        check_name("network", &spec.name)?;
+        if self.desired.networks.contains_key(&spec.name) {
+            return Err(conflict(format!("network \"{}\" exists: remove it first, or choose another name", spec.name)));
+        }
+        if let Some(other) = self.desired.networks.values().find(|other| other.spec.vni == spec.vni) {
+            let (vni, name) = (spec.vni, &other.spec.name);
+            return Err(conflict(format!("vni {vni} belongs to network \"{name}\": each network needs its own")));
+        }
+        for (key, prefixes) in [("subnets", &spec.subnets), ("ranges", &spec.ranges)] {
+            check_prefixes(key, prefixes)?;
+        }
+        for range in &spec.ranges {
+            let is_inside = spec.subnets.is_empty() || spec.subnets.iter().any(|subnet| subnet.contains(range));
+            if !is_inside {
+                return Err(invalid(format!("ranges: {range} lies in none of the network's subnets")));
+            }
+        }
+        if spec.mode == NetworkMode::Routed && (spec.gateway_v4.is_some() || spec.gateway_v6.is_some()) {
+            return Err(invalid(
+                "gateway_v4 and gateway_v6 are for bridged networks: in a routed one the switch is the gateway",
+            ));
+        }
+        let index = self.desired.free_network().ok_or_else(|| exhausted("there are 65535 networks already"))?;
+        let is_configured = self.desired.is_configuring;
+        self.desired.networks.insert(spec.name.clone(), NetworkEntry { index, spec, is_configured });
+        self.mark(Dirty::Change);
+        Ok(Answer::Done)
+    }
+
+    fn remove_network(&mut self, name: &str) -> Applied {
+        let index = self.desired.network(Some(name))?.index;
+        let ports = self.desired.ports.values().filter(|port| port.network == index).count();
+        if ports > 0 {
+            return Err(conflict(format!(
+                "network \"{name}\" has {ports} ports: remove them first (`switchctl port list`)"
+            )));
+        }
+        let routes: Vec<IpNet> =
+            self.desired.routes.keys().filter(|(network, _)| *network == index).map(|&(_, prefix)| prefix).collect();
+        for prefix in routes {
+            self.desired.routes.remove(&(index, prefix));
+            self.tables.routes.remove(index, prefix.addr(), prefix.prefix_len());
+        }
+        let mut stations = self.learned.forget_network(index);
+        self.desired.stations.retain(|&(network, mac), _| {
+            if network == index {
+                stations.push((network, mac));
+            }
+            network != index
+        });
+        self.forget_stations(stations);
+        self.desired.networks.remove(name);
+        self.mark(Dirty::Change);
+        Ok(Answer::Done)
+    }
+
+    fn add_peer(&mut self, spec: PeerSpec) -> Applied {
+        check_name("peer", &spec.name)?;
+        if self.desired.peers.contains_key(&spec.name) {
+            return Err(conflict(format!("peer \"{}\" exists: remove it first, or choose another name", spec.name)));
+        }
+        check_unicast("vtep", spec.vtep)?;
+        if let Some(other) = self.desired.peers.values().find(|other| other.spec.vtep == spec.vtep) {
+            return Err(conflict(format!("vtep {} belongs to peer \"{}\" already", spec.vtep, other.spec.name)));
+        }
+        if let Some(uplink) = &self.underlay.uplink
+            && uplink.vtep_for(spec.vtep) == Some(spec.vtep)
+        {
+            return Err(invalid(format!("vtep {} is this node's own: name another node's", spec.vtep)));
+        }
+        if let Some(mac) = spec.router_mac {
+            check_mac("router_mac", mac)?;
+        }
+        for name in spec.networks.iter().flatten() {
+            self.desired.network(Some(name))?;
+        }
+        let index = self.desired.free_peer().ok_or_else(|| exhausted("there are 65535 peers already"))?;
+        let is_configured = self.desired.is_configuring;
+        self.desired.peers.insert(spec.name.clone(), PeerEntry { index, spec, is_configured });
+        self.mark(Dirty::Change);
+        Ok(Answer::Done)
+    }
+
+    fn remove_peer(&mut self, name: &str) -> Applied {
+        let (index, vtep) = self.desired.peer(name).map(|peer| (peer.index, peer.spec.vtep))?;
+        let routes: Vec<(NetworkIndex, IpNet)> =
+            self.desired.routes.iter().filter(|(_, route)| route.peer == name).map(|(&key, _)| key).collect();
+        for (network, prefix) in routes {
+            self.desired.routes.remove(&(network, prefix));
+            self.tables.routes.remove(network, prefix.addr(), prefix.prefix_len());
+        }
+        let mut stations = self.learned.forget_location(Location::Peer(index));
+        self.desired.stations.retain(|&station, entry| {
+            let goes = entry.at == FdbTarget::Peer(name.to_owned());
+            if goes {
+                stations.push(station);
+            }
+            !goes
+        });
+        self.forget_stations(stations);
+        self.desired.peers.remove(name);
+        self.underlay.next_hops.remove(&vtep);
+        self.mark(Dirty::Change);
+        Ok(Answer::Done)
+    }
+
+    fn add_route(&mut self, spec: RouteSpec) -> Applied {
+        let network = self.desired.network(Some(&spec.network))?;
+        if network.spec.mode != NetworkMode::Routed {
+            return Err(invalid(format!(
+                "network \"{}\" is bridged and has no routes: add a station with `switchctl fdb add`",
+                spec.network
+            )));
+        }
+        check_prefix("prefix", &spec.prefix)?;
+        if let Some(range) = network.spec.ranges.iter().find(|range| range.contains(&spec.prefix)) {
+            return Err(conflict(format!("route {} overlaps this node's own range {range}", spec.prefix)));
+        }
+        let peer = self.desired.peer(&spec.peer)?.index;
+        let key = (network.index, spec.prefix);
+        if let Some(route) = self.desired.routes.get(&key) {
+            return Err(conflict(format!(
+                "route {} leads to peer \"{}\" already: remove it first",
+                spec.prefix, route.peer
+            )));
+        }
+        self.tables.routes.insert(key.0, spec.prefix.addr(), spec.prefix.prefix_len(), route::NextHop::Peer(peer));
+        let is_configured = self.desired.is_configuring;
+        self.desired.routes.insert(key, RouteEntry { peer: spec.peer, is_configured });
+        self.mark(Dirty::Change);
+        Ok(Answer::Done)
+    }
+
+    fn remove_route(&mut self, network: &str, prefix: IpNet) -> Applied {
+        let index = self.desired.network(Some(network))?.index;
+        if self.desired.routes.remove(&(index, prefix)).is_none() {
+            return Err(not_found(format!(
+                "no route {prefix} to a peer: `switchctl route list --network {network}` shows them"
+            )));
+        }
+        self.tables.routes.remove(index, prefix.addr(), prefix.prefix_len());
+        self.mark(Dirty::Change);
+        Ok(Answer::Done)
+    }
+
+    fn add_station(&mut self, spec: FdbSpec) -> Applied {
+        let network = self.desired.network(Some(&spec.network))?;
+        if network.spec.mode != NetworkMode::Bridged {
+            return Err(invalid(format!(
+                "network \"{}\" is routed and has no stations: add a route with `switchctl route add`",
+                spec.network
+            )));
+        }
+        check_mac("mac", spec.mac)?;
+        let index = network.index;
+        if self.desired.is_static(index, spec.mac) {
+            return Err(conflict(format!("{} is a static station or a port's own already", spec.mac)));
+        }
+        let location = self.locate(&spec.at).ok_or_else(|| not_found(format!("no {}", spec.at)))?;
+        if let Location::Port(port) = location
+            && self.desired.ports.get(&port).is_none_or(|entry| entry.network != index)
+        {
+            return Err(invalid(format!("{} is not in network \"{}\"", spec.at, spec.network)));
+        }
+        self.learned.forget(index, spec.mac);
+        self.tables.fdb.insert(index, spec.mac, location);
+        let is_configured = self.desired.is_configuring;
+        self.desired.stations.insert((index, spec.mac), StationEntry { at: spec.at, is_configured });
+        self.mark(Dirty::Change);
+        Ok(Answer::Done)
+    }
+
+    fn remove_station(&mut self, network: &str, mac: MacAddr) -> Applied {
+        let index = self.desired.network(Some(network))?.index;
+        let was_static = self.desired.stations.remove(&(index, mac)).is_some();
+        if !self.learned.forget(index, mac) && !was_static {
+            return Err(not_found(format!(
+                "no station {mac} to remove: `switchctl fdb list --network {network}` shows them"
+            )));
+        }
+        self.tables.fdb.remove(index, mac);
+        self.mark(Dirty::Change);
+        Ok(Answer::Done)
+    }
+
+    fn add_port(&mut self, mut spec: PortSpec, backend: &mut dyn Backend) -> Applied {
+        let network = self.desired.network(spec.network.as_deref())?.clone();
+        self.check_port(&spec, &network)?;
+        let allocated = self.allocate(&mut spec, &network)?;
+        let id = self.desired.free_port().ok_or_else(|| exhausted("all 65534 port numbers are in use"))?;
+        spec.network = Some(network.spec.name.clone());
+        let mtu = spec.mtu.unwrap_or(POD_LINK_MTU);
+        self.insert_port(PortRecord { id, spec, mtu }, &network, backend)?;
+        for (range, address) in allocated {
+            self.desired.cursors.insert((network.spec.name.clone(), range), ipam::number(address));
+        }
+        self.port_info(id).map(|info| Answer::Port(Box::new(info)))
+    }
+
+    /// Everything that can be wrong with a port.
+    pub(crate) fn check_port(&self, spec: &PortSpec, network: &NetworkEntry) -> Result<(), ApiError> {
+        check_mac("mac", spec.mac)?;
+        if self.desired.port_of_link(&spec.link).is_some() {
+            return Err(conflict(format!("link {} is plugged in already: `switchctl port list` shows it", spec.link)));
+        }
+        if self.underlay.uplink.as_ref().is_some_and(|uplink| uplink.link == spec.link) {
+            return Err(conflict(format!("link {} is the uplink: name a pod's link", spec.link)));
+        }
+        if let Some(attachment) = &spec.attachment
+            && let Some(other) =
+                self.desired.ports.values().find(|port| port.record.spec.attachment.as_ref() == Some(attachment))
+        {
+            return Err(conflict(format!(
+                "interface {} of container {} is plugged in already, by link {}",
+                attachment.ifname, attachment.container_id, other.record.spec.link
+            )));
+        }
+        let others =
+            || self.desired.ports.values().filter(|port| port.network == network.index).map(|port| &port.record.spec);
+        if let Some(other) = others().find(|other| other.mac == spec.mac) {
+            return Err(conflict(format!("mac {} belongs to the port of link {} already", spec.mac, other.link)));
+        }
+        for &address in &spec.addresses {
+            check_unicast("ips", address)?;
+            if let Some(other) = others().find(|other| other.addresses.contains(&address)) {
+                return Err(conflict(format!("address {address} belongs to the port of link {} already", other.link)));
+            }
+            let subnets = &network.spec.subnets;
+            if !subnets.is_empty() && !subnets.iter().any(|subnet| subnet.contains(&address)) {
+                return Err(invalid(format!(
+                    "ips: {address} lies in none of the subnets of network \"{}\" ({})",
+                    network.spec.name,
+                    list(subnets)
+                )));
+            }
+        }
+        match spec.mtu {
+            Some(mtu) if !(MIN_MTU..=POD_LINK_MTU).contains(&mtu) => {
+                Err(invalid(format!("mtu: {mtu} is not allowed; allowed are {MIN_MTU} to {POD_LINK_MTU}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Attaches a checked port and puts it into the tables.
+    pub(crate) fn insert_port(
+        &mut self,
+        record: PortRecord,
+        network: &NetworkEntry,
+        backend: &mut dyn Backend,
+    ) -> Result<(), ApiError> {
+        let attached =
+            backend.attach(record.id, &record.spec.link).map_err(|error| ApiError::new(ErrorCode::System, error))?;
+        let (id, mac) = (record.id, record.spec.mac);
+        match network.spec.mode {
+            NetworkMode::Routed => {
+                for &address in &record.spec.addresses {
+                    let hop = route::NextHop::Port { port: id, mac };
+                    self.tables.routes.insert(network.index, address, full_length(address), hop);
+                }
+            }
+            NetworkMode::Bridged => {
+                self.learned.forget(network.index, mac);
+                self.tables.fdb.insert(network.index, mac, Location::Port(id));
+            }
+        }
+        self.desired.ports.insert(id, PortEntry { network: network.index, record, attached });
+        self.mark(Dirty::Change);
+        Ok(())
+    }
+
+    /// One free address of each family that the network has ranges for, unless addresses were asked for.
+    fn allocate(&self, spec: &mut PortSpec, network: &NetworkEntry) -> Result<Vec<(IpNet, IpAddr)>, ApiError> {
+        if !spec.addresses.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut used = self.desired.addresses(network.index);
+        used.extend(network.spec.gateway_v4.map(IpAddr::from));
+        used.extend(network.spec.gateway_v6.map(IpAddr::from));
+        let mut allocated = Vec::new();
+        for is_v6 in [false, true] {
+            let ranges: Vec<&IpNet> =
+                network.spec.ranges.iter().filter(|range| range.addr().is_ipv6() == is_v6).collect();
+            if ranges.is_empty() {
+                continue;
+            }
+            let found = ranges.iter().find_map(|&range| {
+                let cursor = self.desired.cursors.get(&(network.spec.name.clone(), *range)).copied();
+                Some((*range, ipam::allocate(range, cursor, &used)?))
+            });
+            let (range, address) = found.ok_or_else(|| {
+                exhausted(format!(
+                    "no free address in {} of network \"{}\": remove ports or add a range",
+                    list(&network.spec.ranges),
+                    network.spec.name
+                ))
+            })?;
+            spec.addresses.push(address);
+            allocated.push((range, address));
+        }
+        if network.spec.mode == NetworkMode::Routed && spec.addresses.is_empty() {
+            return Err(invalid(format!(
+                "network \"{}\" has no ranges to take an address from: set `ranges`, or give the port `ips`",
+                network.spec.name
+            )));
+        }
+        Ok(allocated)
+    }
+
+    fn remove_ports(&mut self, backend: &mut dyn Backend, goes: impl Fn(&PortRecord) -> bool) -> Answer {
+        let ids: Vec<PortId> =
+            self.desired.ports.iter().filter(|(_, port)| goes(&port.record)).map(|(&id, _)| id).collect();
+        let ports = ids.iter().filter_map(|&id| self.port_info(id).ok()).collect();
+        for id in ids {
+            self.remove_port(id, backend);
+        }
+        Answer::Ports { ports }
+    }
+
+    fn remove_port(&mut self, id: PortId, backend: &mut dyn Backend) {
+        let Some(port) = self.desired.ports.remove(&id) else { return };
+        backend.detach(id);
+        for &address in &port.record.spec.addresses {
+            self.tables.routes.remove(port.network, address, full_length(address));
+        }
+        self.tables.fdb.remove(port.network, port.record.spec.mac);
+        let mut stations = self.learned.forget_location(Location::Port(id));
+        let at = FdbTarget::Port(port.record.spec.link);
+        self.desired.stations.retain(|&station, entry| {
+            if entry.at == at {
+                stations.push(station);
+            }
+            entry.at != at
+        });
+        self.forget_stations(stations);
+        self.mark(Dirty::Change);
+    }
+}
+
+/// True for a port that a CNI network owns and no container uses any more.
+fn is_stale(port: &PortSpec, owner: &str, valid: &[Attachment]) -> bool {
+    port.owner.as_deref() == Some(owner)
+        && port.attachment.as_ref().is_none_or(|attachment| !valid.contains(attachment))
+}
+
+pub(crate) fn full_length(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
+}
+
+fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
+    let is_good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > 63 || !name.chars().all(is_good) {
+        return Err(invalid(format!("\"{name}\" is no name for a {what}: 1 to 63 letters, digits, '-', '_' or '.'")));
+    }
+    Ok(())
+}
+
+fn check_mac(key: &str, mac: MacAddr) -> Result<(), ApiError> {
+    if mac.is_multicast() || mac.is_zero() {
+        return Err(invalid(format!(
+            "{key}: {mac} is no station's address: choose a unicast one, as 02:00:00:00:00:01"
+        )));
+    }
+    Ok(())
+}
+
+fn check_unicast(key: &str, address: IpAddr) -> Result<(), ApiError> {
+    let is_wrong = address.is_unspecified()
+        || address.is_multicast()
+        || address.is_loopback()
+        || match address {
+            IpAddr::V4(v4) => v4.is_broadcast() || v4.is_link_local(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+        };
+    if is_wrong {
+        return Err(invalid(format!(
+            "{key}: {address} is not allowed; allowed are unicast addresses that are routable"
+        )));
+    }
+    Ok(())
+}
+
+fn check_prefix(key: &str, prefix: &IpNet) -> Result<(), ApiError> {
+    if prefix.addr() != prefix.network() {
+        return Err(invalid(format!("{key}: {prefix} has bits set after its length: write {}", prefix.trunc())));
+    }
+    Ok(())
+}
+
+fn check_prefixes(key: &str, prefixes: &[IpNet]) -> Result<(), ApiError> {
+    for (at, prefix) in prefixes.iter().enumerate() {
+        check_prefix(key, prefix)?;
+        if let Some(other) = prefixes[..at].iter().find(|other| other.contains(prefix) || prefix.contains(*other)) {
+            return Err(invalid(format!("{key}: {prefix} and {other} overlap: keep one of them")));
+        }
+    }
+    Ok(())
+}
+
+fn list(prefixes: &[IpNet]) -> String {
+    prefixes.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ")
+}
+
+fn invalid(message: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorCode::Invalid, message)
+}
+
+fn conflict(message: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorCode::Conflict, message)
+}
+
+fn exhausted(message: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorCode::Exhausted, message)
+}

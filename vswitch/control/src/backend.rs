@@ -1,0 +1,79 @@
+//! What control needs of the world: links and the workers' numbers. The daemon's is real; tests have a small one.
+
+use vswitch_dataplane::{Counters, table::flow::FlowEntry};
+use vswitch_net::PortId;
+use vswitch_xsk::{KickCounters, SocketStatistics};
+
+/// How a link was attached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Attached {
+    /// `native` or `generic`.
+    pub xdp_mode: String,
+    /// Why not native, if so.
+    pub xdp_fallback: Option<String>,
+    /// `copy` or `zero-copy`, by queue.
+    pub copy_modes: Vec<String>,
+}
+
+/// One socket's numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketSample {
+    /// The port.
+    pub port: Option<PortId>,
+    /// The kernel's counters.
+    pub kernel: SocketStatistics,
+    /// Our side's.
+    pub kicks: KickCounters,
+    /// Frames kept in the fill ring.
+    pub fill_depth: u32,
+}
+
+/// One worker's numbers.
+#[derive(Clone, Debug, Default)]
+pub struct WorkerSample {
+    /// The core it is pinned to.
+    pub core: Option<usize>,
+    /// Its counters.
+    pub counters: Counters,
+    /// Chunks of its umem.
+    pub umem_frames: usize,
+    /// Of these, free.
+    pub umem_free: usize,
+    /// Passes over its ports.
+    pub turns: u64,
+    /// Times it slept.
+    pub sleeps: u64,
+    /// Its sockets.
+    pub sockets: Vec<SocketSample>,
+}
+
+/// Some flows of one worker.
+#[derive(Clone, Debug, Default)]
+pub struct FlowSample {
+    /// The worker.
+    pub worker: usize,
+    /// The flows.
+    pub flows: Vec<FlowEntry>,
+}
+
+/// The world as control needs it.
+pub trait Backend {
+    /// Attaches a pod's host link as a port: program, sockets, workers.
+    ///
+    /// # Errors
+    ///
+    /// A sentence with the remedy; nothing is left behind.
+    fn attach(&mut self, port: PortId, link: &str) -> Result<Attached, String>;
+
+    /// Detaches a port. The link stays.
+    fn detach(&mut self, port: PortId);
+
+    /// The numbers of every worker.
+    fn sample(&mut self) -> Vec<WorkerSample>;
+
+    /// Up to `limit` flows of each worker that had a packet since `since_ns`.
+    fn flows(&mut self, since_ns: u64, limit: usize) -> Vec<FlowSample>;
+
+    /// Process id, seconds since start, resident bytes.
+    fn process(&self) -> (u32, u64, u64);
+}

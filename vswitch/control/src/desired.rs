@@ -1,0 +1,166 @@
+//! Desired state: what was asked for, and the questions the checks ask of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use vswitch_api::{ApiError, ErrorCode, FdbTarget, NetworkMode, NetworkSpec, PeerSpec};
+use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
+
+use crate::UPLINK_PORT;
+use crate::backend::Attached;
+use crate::state::{PortRecord, State};
+
+/// What was asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Desired {
+    pub(crate) networks: BTreeMap<String, NetworkEntry>,
+    pub(crate) peers: BTreeMap<String, PeerEntry>,
+    pub(crate) ports: BTreeMap<PortId, PortEntry>,
+    pub(crate) routes: BTreeMap<(NetworkIndex, IpNet), RouteEntry>,
+    pub(crate) stations: BTreeMap<(NetworkIndex, MacAddr), StationEntry>,
+    /// Where the built-in IPAM goes on looking, by network and range, so that an address is not reused at once.
+    pub(crate) cursors: BTreeMap<(String, IpNet), u128>,
+    /// True while the configuration file is being applied.
+    pub(crate) is_configuring: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct NetworkEntry {
+    pub(crate) index: NetworkIndex,
+    pub(crate) spec: NetworkSpec,
+    pub(crate) is_configured: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct PeerEntry {
+    pub(crate) index: PeerIndex,
+    pub(crate) spec: PeerSpec,
+    pub(crate) is_configured: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct PortEntry {
+    pub(crate) network: NetworkIndex,
+    pub(crate) record: PortRecord,
+    pub(crate) attached: Attached,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct RouteEntry {
+    pub(crate) peer: String,
+    pub(crate) is_configured: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct StationEntry {
+    pub(crate) at: FdbTarget,
+    pub(crate) is_configured: bool,
+}
+
+impl Desired {
+    /// The network of a name; the first configured one (the lowest index) for none.
+    pub(crate) fn network(&self, name: Option<&str>) -> Result<&NetworkEntry, ApiError> {
+        let found = match name {
+            Some(name) => self.networks.get(name),
+            None => self.networks.values().min_by_key(|network| network.index),
+        };
+        found.ok_or_else(|| match name {
+            Some(name) => not_found(format!("no network \"{name}\": `switchctl network list` shows them")),
+            None => {
+                not_found("there is no network yet: add a [[network]] to the configuration, or `switchctl network add`")
+            }
+        })
+    }
+
+    pub(crate) fn network_name(&self, index: NetworkIndex) -> String {
+        let named = self.networks.iter().find(|(_, network)| network.index == index);
+        named.map_or_else(|| format!("#{}", index.0), |(name, _)| name.clone())
+    }
+
+    pub(crate) fn is_bridged(&self, index: NetworkIndex) -> bool {
+        self.networks.values().any(|network| network.index == index && network.spec.mode == NetworkMode::Bridged)
+    }
+
+    pub(crate) fn peer(&self, name: &str) -> Result<&PeerEntry, ApiError> {
+        self.peers.get(name).ok_or_else(|| not_found(format!("no peer \"{name}\": `switchctl peer list` shows them")))
+    }
+
+    pub(crate) fn peer_name(&self, index: PeerIndex) -> String {
+        let named = self.peers.iter().find(|(_, peer)| peer.index == index);
+        named.map_or_else(|| format!("#{}", index.0), |(name, _)| name.clone())
+    }
+
+    pub(crate) fn port_of_link(&self, link: &str) -> Option<PortId> {
+        self.ports.iter().find(|(_, port)| port.record.spec.link == link).map(|(&id, _)| id)
+    }
+
+    pub(crate) fn link_name(&self, port: PortId) -> String {
+        match self.ports.get(&port) {
+            Some(entry) => entry.record.spec.link.clone(),
+            None if port == UPLINK_PORT => "uplink".to_owned(),
+            None => format!("#{port}"),
+        }
+    }
+
+    /// True if learning must leave a station alone: it is configured, or a port's own.
+    pub(crate) fn is_static(&self, network: NetworkIndex, mac: MacAddr) -> bool {
+        self.stations.contains_key(&(network, mac))
+            || self.ports.values().any(|port| port.network == network && port.record.spec.mac == mac)
+    }
+
+    /// Addresses in use in a network.
+    pub(crate) fn addresses(&self, network: NetworkIndex) -> BTreeSet<IpAddr> {
+        let ports = self.ports.values().filter(|port| port.network == network);
+        ports.flat_map(|port| port.record.spec.addresses.iter().copied()).collect()
+    }
+
+    pub(crate) fn free_port(&self) -> Option<PortId> {
+        (UPLINK_PORT.0 + 1..u16::MAX).map(PortId).find(|id| !self.ports.contains_key(id))
+    }
+
+    pub(crate) fn free_network(&self) -> Option<NetworkIndex> {
+        (0..u16::MAX).map(NetworkIndex).find(|&index| self.networks.values().all(|network| network.index != index))
+    }
+
+    pub(crate) fn free_peer(&self) -> Option<PeerIndex> {
+        (0..u16::MAX).map(PeerIndex).find(|&index| self.peers.values().all(|peer| peer.index != index))
+    }
+
+    /// What must survive a restart: what requests made, and not what the configuration file says anyway.
+    pub(crate) fn state(&self, boot_id: &str) -> State {
+        State {
+            boot_id: boot_id.to_owned(),
+            networks: values(self.networks.values(), |entry| (!entry.is_configured).then(|| entry.spec.clone())),
+            peers: values(self.peers.values(), |entry| (!entry.is_configured).then(|| entry.spec.clone())),
+            routes: values(self.routes.iter(), |((network, prefix), entry)| {
+                (!entry.is_configured).then(|| vswitch_api::RouteSpec {
+                    network: self.network_name(*network),
+                    prefix: *prefix,
+                    peer: entry.peer.clone(),
+                })
+            }),
+            stations: values(self.stations.iter(), |((network, mac), entry)| {
+                (!entry.is_configured).then(|| vswitch_api::FdbSpec {
+                    network: self.network_name(*network),
+                    mac: *mac,
+                    at: entry.at.clone(),
+                })
+            }),
+            ports: self.ports.values().map(|entry| entry.record.clone()).collect(),
+            cursors: self
+                .cursors
+                .iter()
+                .map(|((network, range), at)| (network.clone(), *range, at.to_string()))
+                .collect(),
+        }
+    }
+}
+
+pub(crate) fn not_found(message: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorCode::NotFound, message)
+}
+
+fn values<T, U>(from: impl Iterator<Item = T>, keep: impl FnMut(T) -> Option<U>) -> Vec<U> {
+    from.filter_map(keep).collect()
+}

@@ -1,0 +1,418 @@
+//! Requests that only ask.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use vswitch_api::{
+    Answer, ApiError, DropInfo, ErrorCode, FdbInfo, FdbTarget, FlowInfo, IpamInfo, NeighborInfo, NetworkInfo,
+    NetworkMode, PeerInfo, PodRoute, PortInfo, PortStats, Request, RouteInfo, SocketInfo, StatsInfo, StatusInfo,
+    UplinkInfo, WorkerInfo,
+};
+use vswitch_dataplane::table::flow::FlowEntry;
+use vswitch_dataplane::{Action, DropReason, Location, PortCounters};
+use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, NetworkIndex, PortId};
+
+use crate::apply::full_length;
+use crate::backend::{Attached, Backend, WorkerSample};
+use crate::desired::{NetworkEntry, not_found};
+use crate::{Control, UPLINK_PORT, ipam};
+
+/// A flow is shown if it had a packet within this time.
+const FLOW_RECENT_NS: u64 = 10_000_000_000;
+
+impl Control {
+    pub(crate) fn report(&self, now_ns: u64, request: Request, backend: &mut dyn Backend) -> Result<Answer, ApiError> {
+        Ok(match request {
+            Request::Status => Answer::Status(Box::new(self.status(backend))),
+            Request::PortList { link: None } => {
+                Answer::Ports { ports: self.desired.ports.keys().filter_map(|&id| self.port_info(id).ok()).collect() }
+            }
+            Request::PortList { link: Some(link) } => {
+                let id = self.desired.port_of_link(&link);
+                let id =
+                    id.ok_or_else(|| not_found(format!("no port of link {link}: `switchctl port list` shows them")))?;
+                Answer::Ports { ports: vec![self.port_info(id)?] }
+            }
+            Request::NetworkList => Answer::Networks {
+                networks: self.desired.networks.values().map(|entry| self.network_info(entry)).collect(),
+            },
+            Request::PeerList => Answer::Peers { peers: self.peers() },
+            Request::FdbList { network } => Answer::Fdb { stations: self.stations(now_ns, self.filter(network)?) },
+            Request::RouteList { network } => Answer::Routes { routes: self.routes(self.filter(network)?) },
+            Request::NeighborList => Answer::Neighbors { neighbors: self.neighbors() },
+            Request::FlowList { limit } => Answer::Flows { flows: self.flows(now_ns, limit, backend) },
+            Request::Stats => Answer::Stats(Box::new(self.stats(&backend.sample()))),
+            Request::Drops => Answer::Drops { drops: self.drops(&backend.sample()) },
+            other => return Err(ApiError::new(ErrorCode::BadRequest, format!("{other:?} is no question"))),
+        })
+    }
+
+    /// A port with all that its pod needs to know.
+    pub(crate) fn port_info(&self, id: PortId) -> Result<PortInfo, ApiError> {
+        let entry = self.desired.ports.get(&id).ok_or_else(|| not_found(format!("no port {id}")))?;
+        let name = self.desired.network_name(entry.network);
+        let network = self.desired.network(Some(&name))?;
+        let spec = &entry.record.spec;
+        let Attached { xdp_mode, xdp_fallback, copy_modes } = entry.attached.clone();
+        Ok(PortInfo {
+            id,
+            link: spec.link.clone(),
+            network: name.clone(),
+            mac: spec.mac,
+            addresses: spec.addresses.iter().map(|&address| pod_prefix(address, network)).collect(),
+            mtu: entry.record.mtu,
+            routes: self.pod_routes(network, &spec.addresses, entry.record.mtu),
+            attachment: spec.attachment.clone(),
+            owner: spec.owner.clone(),
+            netns: spec.netns.clone(),
+            labels: spec.labels.clone(),
+            xdp_mode,
+            xdp_fallback,
+            copy_modes,
+        })
+    }
+
+    /// Local destinations get the link's MTU, all others what fits the wire.
+    fn pod_routes(&self, network: &NetworkEntry, addresses: &[IpAddr], mtu: u32) -> Vec<PodRoute> {
+        let wire = Some(self.wire_mtu().min(mtu));
+        let mut routes = Vec::new();
+        for is_v6 in [false, true] {
+            if !addresses.iter().any(|address| address.is_ipv6() == is_v6) {
+                continue;
+            }
+            let of_family = |prefix: &&IpNet| prefix.addr().is_ipv6() == is_v6;
+            let anywhere: IpNet = if is_v6 { IpNet::V6(Default::default()) } else { IpNet::V4(Default::default()) };
+            let (on_link, gateway): (Vec<IpNet>, Option<IpAddr>) = match network.spec.mode {
+                NetworkMode::Routed if is_v6 => (Vec::new(), Some(GATEWAY_V6.into())),
+                NetworkMode::Routed => (vec![IpNet::from(IpAddr::V4(GATEWAY_V4))], Some(GATEWAY_V4.into())),
+                NetworkMode::Bridged => {
+                    let gateway = if is_v6 {
+                        network.spec.gateway_v6.map(IpAddr::from)
+                    } else {
+                        network.spec.gateway_v4.map(IpAddr::from)
+                    };
+                    (prefixes(network).filter(of_family).copied().collect(), gateway)
+                }
+            };
+            let on_link_mtu = if network.spec.mode == NetworkMode::Bridged { wire } else { None };
+            routes.extend(on_link.into_iter().map(|destination| PodRoute {
+                destination,
+                gateway: None,
+                mtu: on_link_mtu,
+            }));
+            if network.spec.mode == NetworkMode::Routed {
+                let local = network.spec.ranges.iter().filter(of_family);
+                routes.extend(local.map(|&destination| PodRoute { destination, gateway, mtu: None }));
+            }
+            if gateway.is_some() {
+                routes.push(PodRoute { destination: anywhere, gateway, mtu: wire });
+            }
+        }
+        routes
+    }
+
+    fn status(&self, backend: &mut dyn Backend) -> StatusInfo {
+        let (pid, uptime_seconds, memory_bytes) = backend.process();
+        let workers = backend.sample();
+        let uplink = self.underlay.uplink.as_ref().map(|uplink| UplinkInfo {
+            link: uplink.link.clone(),
+            state: if uplink.is_up { "up".to_owned() } else { format!("down: see `ip link show {}`", uplink.link) },
+            mac: uplink.mac,
+            mtu: uplink.mtu,
+            vtep_v4: uplink.v4,
+            vtep_v6: uplink.v6,
+            udp_port: self.underlay.udp_port,
+            xdp_mode: uplink.attached.xdp_mode.clone(),
+            xdp_fallback: uplink.attached.xdp_fallback.clone(),
+            copy_modes: uplink.attached.copy_modes.clone(),
+        });
+        let peers = self.peers();
+        StatusInfo {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid,
+            uptime_seconds,
+            generation: self.generation,
+            workers: workers.iter().enumerate().map(|(worker, sample)| worker_info(worker, sample)).collect(),
+            uplink,
+            ports: self.desired.ports.len(),
+            networks: self.desired.networks.len(),
+            peers: peers.len(),
+            peers_reachable: peers.iter().filter(|peer| peer.state == "reachable").count(),
+            ipam: self.desired.networks.values().flat_map(|network| self.ipam(network)).collect(),
+            memory_bytes,
+        }
+    }
+
+    fn ipam(&self, network: &NetworkEntry) -> Vec<IpamInfo> {
+        let used = self.desired.addresses(network.index);
+        let info = |range: &IpNet| {
+            let (used, free) = ipam::usage(range, &used);
+            IpamInfo { network: network.spec.name.clone(), range: *range, used, free }
+        };
+        network.spec.ranges.iter().map(info).collect()
+    }
+
+    fn network_info(&self, entry: &NetworkEntry) -> NetworkInfo {
+        NetworkInfo {
+            name: entry.spec.name.clone(),
+            vni: entry.spec.vni,
+            mode: entry.spec.mode,
+            subnets: entry.spec.subnets.clone(),
+            ranges: entry.spec.ranges.clone(),
+            spoof_check: entry.spec.spoof_check,
+            ports: self.desired.ports.values().filter(|port| port.network == entry.index).count(),
+            wire_mtu: self.wire_mtu(),
+        }
+    }
+
+    fn peers(&self) -> Vec<PeerInfo> {
+        let info = |entry: &crate::desired::PeerEntry| PeerInfo {
+            name: entry.spec.name.clone(),
+            vtep: entry.spec.vtep,
+            router_mac: entry.spec.router_mac.unwrap_or(GATEWAY_MAC),
+            networks: entry.spec.networks.clone(),
+            state: self.underlay.peer_state(entry.spec.vtep),
+        };
+        self.desired.peers.values().map(info).collect()
+    }
+
+    fn stations(&self, now_ns: u64, only: Option<NetworkIndex>) -> Vec<FdbInfo> {
+        let wanted = |network: NetworkIndex| only.is_none_or(|only| only == network);
+        let configured =
+            self.desired.stations.iter().map(|(&(network, mac), entry)| (network, mac, entry.at.clone(), None));
+        let own = self.desired.ports.values().filter(|port| self.desired.is_bridged(port.network)).map(|port| {
+            let spec = &port.record.spec;
+            (port.network, spec.mac, FdbTarget::Port(spec.link.clone()), None)
+        });
+        let learned = self.learned.iter().map(|((network, mac), entry)| {
+            let age = now_ns.saturating_sub(entry.seen_ns) / 1_000_000_000;
+            (network, mac, self.target(entry.location), Some(age))
+        });
+        let mut stations: Vec<FdbInfo> = configured
+            .chain(own)
+            .chain(learned)
+            .filter(|&(network, ..)| wanted(network))
+            .map(|(network, mac, at, age_seconds)| FdbInfo {
+                network: self.desired.network_name(network),
+                mac,
+                at,
+                is_static: age_seconds.is_none(),
+                age_seconds,
+            })
+            .collect();
+        stations.sort_by(|a, b| (&a.network, a.mac).cmp(&(&b.network, b.mac)));
+        stations
+    }
+
+    fn routes(&self, only: Option<NetworkIndex>) -> Vec<RouteInfo> {
+        let wanted = |network: NetworkIndex| only.is_none_or(|only| only == network);
+        let to_peers = self
+            .desired
+            .routes
+            .iter()
+            .map(|(&(network, prefix), entry)| (network, prefix, FdbTarget::Peer(entry.peer.clone())));
+        let to_ports =
+            self.desired.ports.values().filter(|port| !self.desired.is_bridged(port.network)).flat_map(|port| {
+                let spec = &port.record.spec;
+                spec.addresses
+                    .iter()
+                    .map(|&address| (port.network, IpNet::from(address), FdbTarget::Port(spec.link.clone())))
+            });
+        let mut routes: Vec<RouteInfo> = to_peers
+            .chain(to_ports)
+            .filter(|&(network, ..)| wanted(network))
+            .map(|(network, prefix, to)| RouteInfo { network: self.desired.network_name(network), prefix, to })
+            .collect();
+        routes.sort_by(|a, b| (&a.network, a.prefix).cmp(&(&b.network, b.prefix)));
+        routes
+    }
+
+    fn neighbors(&self) -> Vec<NeighborInfo> {
+        let info = |(vtep, hop): (&IpAddr, &crate::NextHop)| {
+            let peers = self.desired.peers.values().filter(|peer| peer.spec.vtep == *vtep);
+            NeighborInfo {
+                peers: peers.map(|peer| peer.spec.name.clone()).collect(),
+                address: hop.address,
+                link: hop.link.clone(),
+                mac: hop.mac,
+                state: self.underlay.peer_state(*vtep),
+            }
+        };
+        self.underlay.next_hops.iter().map(info).collect()
+    }
+
+    fn flows(&self, now_ns: u64, limit: usize, backend: &mut dyn Backend) -> Vec<FlowInfo> {
+        let samples = backend.flows(now_ns.saturating_sub(FLOW_RECENT_NS), limit);
+        let flows = samples.iter().flat_map(|sample| sample.flows.iter().map(|flow| (sample.worker, flow)));
+        flows.take(limit).map(|(worker, flow)| self.flow_info(now_ns, worker, flow)).collect()
+    }
+
+    fn flow_info(&self, now_ns: u64, worker: usize, flow: &FlowEntry) -> FlowInfo {
+        let fields = flow.key.fields();
+        let from = match fields.peer {
+            Some(peer) => format!("peer {}", self.desired.peer_name(peer)),
+            None => format!("port {}", self.desired.link_name(fields.ingress)),
+        };
+        let with_port = |address: IpAddr, port: u16| match (fields.protocol, address) {
+            (6 | 17 | 132, IpAddr::V4(v4)) => format!("{v4}:{port}"),
+            (6 | 17 | 132, IpAddr::V6(v6)) => format!("[{v6}]:{port}"),
+            _ => address.to_string(),
+        };
+        let (source, destination) = match fields.addresses {
+            Some((source, destination)) => {
+                (with_port(source, fields.ports.source), with_port(destination, fields.ports.destination))
+            }
+            None => (fields.source_mac.to_string(), fields.destination_mac.to_string()),
+        };
+        let (action, rewrite) = match flow.action {
+            Action::Local { port, rewrite } => (format!("port {}", self.desired.link_name(port)), rewrite),
+            Action::Encap { peer, network, rewrite } => {
+                let network = self.desired.network_name(network);
+                (format!("vxlan {network} to peer {}", self.desired.peer_name(peer)), rewrite)
+            }
+        };
+        FlowInfo {
+            worker,
+            network: self.desired.network_name(fields.network),
+            from,
+            source,
+            destination,
+            protocol: protocol_name(fields.protocol, fields.addresses.is_some()),
+            action: if rewrite.is_some() { format!("route, {action}") } else { action },
+            packets: flow.packets,
+            bytes: flow.bytes,
+            idle_ms: now_ns.saturating_sub(flow.used_ns) / 1_000_000,
+        }
+    }
+
+    fn stats(&self, workers: &[WorkerSample]) -> StatsInfo {
+        let ids = self.underlay.uplink.iter().map(|_| UPLINK_PORT).chain(self.desired.ports.keys().copied());
+        let ports = ids.map(|id| self.port_stats(id, workers)).collect();
+        let mut total = PortCounters::default();
+        workers.iter().for_each(|worker| total.add(&worker.counters.total()));
+        StatsInfo {
+            ports,
+            rx_packets: total.rx_packets,
+            tx_packets: total.tx_packets,
+            drops: total.dropped(),
+            copies: total.copies,
+            is_balanced: workers.iter().all(|worker| worker.counters.balance().is_ok()),
+        }
+    }
+
+    fn port_stats(&self, id: PortId, workers: &[WorkerSample]) -> PortStats {
+        let mut sum = PortCounters::default();
+        let mut sockets = Vec::new();
+        for (worker, sample) in workers.iter().enumerate() {
+            sum.add(&sample.counters.port(id));
+            sockets.extend(sample.sockets.iter().filter(|socket| socket.port == Some(id)).map(|socket| SocketInfo {
+                worker,
+                rx_dropped: socket.kernel.rx_dropped,
+                rx_ring_full: socket.kernel.rx_ring_full,
+                rx_fill_ring_empty: socket.kernel.rx_fill_ring_empty,
+                invalid_descs: socket.kernel.rx_invalid_descs + socket.kernel.tx_invalid_descs,
+                fill_depth: socket.fill_depth,
+                kicks: socket.kicks.kicks,
+                kick_errors: socket.kicks.kick_errors,
+                oversized: socket.kicks.oversized,
+            }));
+        }
+        PortStats {
+            id,
+            link: match (&self.underlay.uplink, id) {
+                (Some(uplink), UPLINK_PORT) => uplink.link.clone(),
+                _ => self.desired.link_name(id),
+            },
+            rx_packets: sum.rx_packets,
+            rx_bytes: sum.rx_bytes,
+            tx_packets: sum.tx_packets,
+            tx_bytes: sum.tx_bytes,
+            drops: sum.dropped(),
+            copies: sum.copies,
+            tx_refused: sum.tx_refused,
+            sockets,
+        }
+    }
+
+    fn drops(&self, workers: &[WorkerSample]) -> Vec<DropInfo> {
+        let ids = || std::iter::once(UPLINK_PORT).chain(self.desired.ports.keys().copied());
+        let count = |id: PortId, reason: DropReason| -> u64 {
+            workers.iter().map(|worker| worker.counters.port(id).drops[reason.index()]).sum()
+        };
+        let total = |reason: DropReason| -> u64 {
+            workers.iter().map(|worker| worker.counters.total().drops[reason.index()]).sum()
+        };
+        let mut drops: Vec<DropInfo> = DropReason::ALL
+            .iter()
+            .map(|&reason| DropInfo {
+                reason: reason.name().to_owned(),
+                packets: total(reason),
+                meaning: reason.sentence().to_owned(),
+                ports: ids()
+                    .map(|id| (self.desired.link_name(id), count(id, reason)))
+                    .filter(|(_, count)| *count > 0)
+                    .collect::<BTreeMap<_, _>>(),
+            })
+            .filter(|info| info.packets > 0)
+            .collect();
+        drops.sort_by_key(|info| std::cmp::Reverse(info.packets));
+        drops
+    }
+
+    fn filter(&self, network: Option<String>) -> Result<Option<NetworkIndex>, ApiError> {
+        network.map(|name| self.desired.network(Some(&name)).map(|network| network.index)).transpose()
+    }
+
+    fn wire_mtu(&self) -> u32 {
+        self.underlay.wire_mtu(self.vteps())
+    }
+
+    fn target(&self, location: Location) -> FdbTarget {
+        match location {
+            Location::Port(port) => FdbTarget::Port(self.desired.link_name(port)),
+            Location::Peer(peer) => FdbTarget::Peer(self.desired.peer_name(peer)),
+        }
+    }
+}
+
+fn prefixes(network: &NetworkEntry) -> impl Iterator<Item = &IpNet> {
+    if network.spec.subnets.is_empty() { network.spec.ranges.iter() } else { network.spec.subnets.iter() }
+}
+
+/// A routed pod's address stands alone; a bridged pod's lies in its subnet.
+fn pod_prefix(address: IpAddr, network: &NetworkEntry) -> IpNet {
+    let length = match network.spec.mode {
+        NetworkMode::Routed => full_length(address),
+        NetworkMode::Bridged => {
+            prefixes(network).find(|prefix| prefix.contains(&address)).map_or(full_length(address), IpNet::prefix_len)
+        }
+    };
+    IpNet::new_assert(address, length)
+}
+
+fn worker_info(worker: usize, sample: &WorkerSample) -> WorkerInfo {
+    WorkerInfo {
+        worker,
+        core: sample.core,
+        umem_frames: sample.umem_frames,
+        umem_free: sample.umem_free,
+        flow_hits: sample.counters.flow_hits,
+        flow_misses: sample.counters.flow_misses,
+        events_lost: sample.counters.events_lost,
+        turns: sample.turns,
+        sleeps: sample.sleeps,
+    }
+}
+
+fn protocol_name(protocol: u8, is_ip: bool) -> String {
+    match protocol {
+        _ if !is_ip => "ethernet".to_owned(),
+        1 => "icmp".to_owned(),
+        6 => "tcp".to_owned(),
+        17 => "udp".to_owned(),
+        58 => "icmpv6".to_owned(),
+        132 => "sctp".to_owned(),
+        other => format!("ip/{other}"),
+    }
+}

@@ -1,0 +1,80 @@
+//! What survives a restart, as one JSON document in the runtime directory.
+//!
+//! Written whole after every change. Ports name their links; after a reboot the links are gone, and with them the ports:
+//! the boot id tells the two cases apart even if names are used again.
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use vswitch_api::{FdbSpec, NetworkSpec, PeerSpec, PortSpec, Request, RouteSpec};
+use vswitch_net::PortId;
+
+use crate::Control;
+use crate::backend::Backend;
+
+/// A port as it was plugged in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortRecord {
+    /// Its number.
+    pub id: PortId,
+    /// What was asked for, addresses filled in.
+    pub spec: PortSpec,
+    /// MTU of its link.
+    pub mtu: u32,
+}
+
+/// The document.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// `/proc/sys/kernel/random/boot_id` when it was written.
+    pub boot_id: String,
+    /// Networks that requests made.
+    pub networks: Vec<NetworkSpec>,
+    /// Peers that requests made.
+    pub peers: Vec<PeerSpec>,
+    /// Routes that requests made.
+    pub routes: Vec<RouteSpec>,
+    /// Stations that requests made.
+    pub stations: Vec<FdbSpec>,
+    /// All ports.
+    pub ports: Vec<PortRecord>,
+    /// Network, range and last address of the built-in IPAM; numbers as text, being larger than JSON's.
+    pub cursors: Vec<(String, IpNet, String)>,
+}
+
+/// Restores in the order of dependence. Gives a sentence for everything that could not be.
+pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Backend) -> Vec<String> {
+    let mut lost = Vec::new();
+    let State { networks, peers, routes, stations, ports, cursors, .. } = state;
+    let early = networks.into_iter().map(Request::NetworkAdd).chain(peers.into_iter().map(Request::PeerAdd));
+    for request in early.chain(routes.into_iter().map(Request::RouteAdd)) {
+        if let Err(error) = control.apply(request, backend) {
+            lost.push(error.message);
+        }
+    }
+    for (network, range, at) in cursors {
+        if let Ok(at) = at.parse() {
+            control.desired.cursors.insert((network, range), at);
+        }
+    }
+    for record in ports {
+        let link = record.spec.link.clone();
+        if let Err(error) = restore_port(control, record, backend) {
+            lost.push(format!("port of link {link}: {error}"));
+        }
+    }
+    for station in stations {
+        if let Err(error) = control.apply(Request::FdbAdd(station), backend) {
+            lost.push(error.message);
+        }
+    }
+    lost
+}
+
+fn restore_port(control: &mut Control, record: PortRecord, backend: &mut dyn Backend) -> Result<(), String> {
+    let network = control.desired.network(record.spec.network.as_deref()).map_err(|error| error.message)?.clone();
+    control.check_port(&record.spec, &network).map_err(|error| error.message)?;
+    if control.desired.ports.contains_key(&record.id) {
+        return Err(format!("number {} is taken", record.id));
+    }
+    control.insert_port(record, &network, backend).map_err(|error| error.message)
+}
