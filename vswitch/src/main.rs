@@ -1,2 +1,60 @@
-//! Placeholder.
-fn main() {}
+//! vswitchd: the daemon of a node. Threads, clock, sockets and files around control and the data path.
+#![forbid(unsafe_code)]
+
+mod backend;
+mod config;
+mod daemon;
+mod server;
+mod store;
+mod uplink;
+mod worker;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use crate::config::Config;
+
+/// A userspace virtual switch on AF_XDP: the daemon of a node.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The configuration file; `config/vswitch.toml` documents every key.
+    #[arg(long, short, default_value = "/etc/vswitch/vswitch.toml")]
+    config: PathBuf,
+    /// Reads and checks the configuration, and ends.
+    #[arg(long)]
+    check: bool,
+}
+
+/// 0: ended by a signal, or the configuration is fine. 1: the configuration was refused. 2: the daemon failed.
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_env("VSWITCH_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_writer(std::io::stderr).init();
+    let config = match Config::read(&arguments.config) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("vswitchd: {error}");
+            return ExitCode::from(1);
+        }
+    };
+    if arguments.check {
+        println!("{} is fine", arguments.config.display());
+        return ExitCode::SUCCESS;
+    }
+    match run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vswitchd: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(config: Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    tokio::task::LocalSet::new().block_on(&runtime, daemon::run(config))
+}

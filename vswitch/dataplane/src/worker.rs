@@ -142,9 +142,9 @@ impl<P: PortIo> Worker<P> {
         self.idle.drain(..)
     }
 
-    /// True if no port is polled and nothing is under way: the thread may sleep.
-    pub fn is_quiet(&self) -> bool {
-        self.active.is_empty() && self.ports.busy.is_empty() && self.idle.is_empty()
+    /// True if a port is polled: another turn is due at once.
+    pub fn has_active(&self) -> bool {
+        !self.active.is_empty()
     }
 
     /// One pass: receive, decide, send, and take sent frames back.
@@ -206,6 +206,11 @@ impl<P: PortIo> Worker<P> {
     /// A port's device, to read its statistics.
     pub fn port(&self, port: PortId) -> Option<&P> {
         self.ports.io.get(port.index())?.as_ref()
+    }
+
+    /// All ports' devices.
+    pub fn ports(&self) -> impl Iterator<Item = (PortId, &P)> {
+        self.ports.io.iter().enumerate().filter_map(|(at, io)| Some((PortId(at as u16), io.as_ref()?)))
     }
 
     /// Port and umem together, for tests that put packets in and take them out.

@@ -1,1 +1,218 @@
-//! Placeholder.
+//! Links of the kernel: veths and namespaces for pods, routes and neighbors for the underlay, over rtnetlink.
+//!
+//! The daemon uses it to watch the uplink and to resolve peers; the CNI plugin and `switchctl` use [`plug`](mod@plug) to
+//! make a pod's interface. Nothing here touches a link, an address or a route that it did not make.
+#![forbid(unsafe_code)]
+
+mod netns;
+pub mod plug;
+mod underlay;
+mod veth;
+
+use std::net::IpAddr;
+
+use futures_util::TryStreamExt;
+pub use netns::Netns;
+use rtnetlink::Handle;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use tokio::task::JoinHandle;
+pub use underlay::{Neighbor, Route, Watch};
+pub use veth::VethSpec;
+use vswitch_net::MacAddr;
+
+/// What the kernel refused, and what for.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// Netlink is not there.
+    #[error("cannot open a netlink socket: {0}")]
+    Open(#[source] std::io::Error),
+    /// The kernel refused an operation.
+    #[error("cannot {what}: {source}")]
+    Refused {
+        /// The operation.
+        what: String,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// The namespace cannot be entered.
+    #[error(
+        "cannot enter the network namespace {path}: {source}; does it exist still? (`ip netns list`, `lsns -t net`)"
+    )]
+    Netns {
+        /// Its path.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// A netlink connection to one network namespace.
+#[derive(Debug)]
+pub struct Kernel {
+    handle: Handle,
+    connection: JoinHandle<()>,
+}
+
+/// A link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkState {
+    /// Its index.
+    pub ifindex: u32,
+    /// Its name.
+    pub name: String,
+    /// Its MAC address; zeros if it has none.
+    pub mac: MacAddr,
+    /// Its MTU.
+    pub mtu: u32,
+    /// Administratively up, and with a carrier.
+    pub is_up: bool,
+    /// Receive queues.
+    pub rx_queues: u32,
+    /// True for a veth.
+    pub is_veth: bool,
+}
+
+impl LinkError {
+    /// The kernel's error number, if it gave one.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            LinkError::Open(source) | LinkError::Refused { source, .. } | LinkError::Netns { source, .. } => {
+                source.raw_os_error()
+            }
+        }
+    }
+}
+
+impl Kernel {
+    /// Connects in the namespace of the calling thread. Call it within a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Open`].
+    pub fn here() -> Result<Kernel, LinkError> {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(LinkError::Open)?;
+        Ok(Kernel { handle, connection: tokio::spawn(connection) })
+    }
+
+    /// Connects in another namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Netns`] or [`LinkError::Open`].
+    pub fn within(netns: &Netns) -> Result<Kernel, LinkError> {
+        // A netlink socket belongs for life to the namespace of the thread that opened it.
+        let runtime = tokio::runtime::Handle::current();
+        let opened = netns.run(move || {
+            let _guard = runtime.enter();
+            rtnetlink::new_connection().map(|(connection, handle, _)| (connection, handle))
+        })?;
+        let (connection, handle) = opened.map_err(LinkError::Open)?;
+        Ok(Kernel { handle, connection: tokio::spawn(connection) })
+    }
+
+    /// The link of a name; none if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn link(&self, name: &str) -> Result<Option<LinkState>, LinkError> {
+        let found = self.handle.link().get().match_name(name.to_owned()).execute().try_next().await;
+        match found {
+            Ok(message) => Ok(message.map(|message| link_state(&message))),
+            Err(error) if errno(&error) == Some(ENODEV) => Ok(None),
+            Err(error) => Err(refused(format!("look up link {name}"), error)),
+        }
+    }
+
+    /// All links.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn links(&self) -> Result<Vec<LinkState>, LinkError> {
+        let all: Vec<LinkMessage> =
+            self.handle.link().get().execute().try_collect().await.map_err(|error| refused("list links", error))?;
+        Ok(all.iter().map(link_state).collect())
+    }
+
+    /// Addresses of a link that are usable from elsewhere: not link-local, not tentative.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn addresses(&self, ifindex: u32) -> Result<Vec<IpAddr>, LinkError> {
+        use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
+        let mut stream = self.handle.address().get().set_link_index_filter(ifindex).execute();
+        let mut addresses = Vec::new();
+        while let Some(message) = stream.try_next().await.map_err(|error| refused("list addresses", error))? {
+            if message.header.index != ifindex || message.header.scope != AddressScope::Universe {
+                continue;
+            }
+            let local = message.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Local(address) => Some(*address),
+                _ => None,
+            });
+            let plain = message.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Address(address) => Some(*address),
+                _ => None,
+            });
+            addresses.extend(local.or(plain));
+        }
+        Ok(addresses)
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+pub(crate) const ENODEV: i32 = 19;
+
+fn link_state(message: &LinkMessage) -> LinkState {
+    let mut state = LinkState {
+        ifindex: message.header.index,
+        name: String::new(),
+        mac: MacAddr::default(),
+        mtu: 0,
+        is_up: message.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
+        rx_queues: 1,
+        is_veth: false,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => state.name.clone_from(name),
+            LinkAttribute::Address(bytes) => {
+                if let Ok(mac) = <[u8; 6]>::try_from(bytes.as_slice()) {
+                    state.mac = MacAddr(mac);
+                }
+            }
+            LinkAttribute::Mtu(mtu) => state.mtu = *mtu,
+            LinkAttribute::NumRxQueues(queues) => state.rx_queues = *queues,
+            LinkAttribute::LinkInfo(infos) => {
+                state.is_veth = infos
+                    .iter()
+                    .any(|info| matches!(info, LinkInfo::Kind(rtnetlink::packet_route::link::InfoKind::Veth)));
+            }
+            _ => {}
+        }
+    }
+    state
+}
+
+/// The kernel's error number of a failed request.
+pub(crate) fn errno(error: &rtnetlink::Error) -> Option<i32> {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => message.code.map(|code| code.get().abs()),
+        _ => None,
+    }
+}
+
+pub(crate) fn refused(what: impl Into<String>, error: rtnetlink::Error) -> LinkError {
+    let source = match errno(&error) {
+        Some(number) => std::io::Error::from_raw_os_error(number),
+        None => std::io::Error::other(error.to_string()),
+    };
+    LinkError::Refused { what: what.into(), source }
+}

@@ -1,0 +1,162 @@
+//! What the kernel knows of the underlay: routes, neighbors, and news of both.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use futures_util::{StreamExt, TryStreamExt};
+use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourState};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteType};
+use rtnetlink::{MulticastGroup, RouteMessageBuilder};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use vswitch_net::MacAddr;
+
+use crate::{Kernel, LinkError, errno, refused};
+
+/// How the kernel would send to an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// The outgoing link.
+    pub ifindex: u32,
+    /// The gateway; none if the destination is on the link.
+    pub gateway: Option<IpAddr>,
+}
+
+/// A neighbor entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neighbor {
+    /// Its MAC, unless it could not be resolved.
+    pub mac: Option<MacAddr>,
+    /// True if the kernel is sure of it, or is about to make sure.
+    pub is_fresh: bool,
+}
+
+/// Tells when links, addresses, routes or neighbors change. Stops when dropped.
+#[derive(Debug)]
+pub struct Watch {
+    changed: Arc<Notify>,
+    tasks: [JoinHandle<()>; 2],
+}
+
+impl Watch {
+    /// Watches the namespace of the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Open`].
+    pub fn here() -> Result<Watch, LinkError> {
+        let groups = [
+            MulticastGroup::Link,
+            MulticastGroup::Neigh,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+        ];
+        let (connection, _, mut messages) = rtnetlink::new_multicast_connection(&groups).map_err(LinkError::Open)?;
+        let changed = Arc::new(Notify::new());
+        let notify = changed.clone();
+        let tasks = [
+            tokio::spawn(connection),
+            tokio::spawn(async move {
+                while messages.next().await.is_some() {
+                    notify.notify_one();
+                }
+            }),
+        ];
+        Ok(Watch { changed, tasks })
+    }
+
+    /// Waits for the next change. Changes in between are one.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl Kernel {
+    /// The route to an address; none if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn route_to(&self, destination: IpAddr) -> Result<Option<Route>, LinkError> {
+        let message = match destination {
+            IpAddr::V4(v4) => RouteMessageBuilder::<std::net::Ipv4Addr>::new().destination_prefix(v4, 32).build(),
+            IpAddr::V6(v6) => RouteMessageBuilder::<std::net::Ipv6Addr>::new().destination_prefix(v6, 128).build(),
+        };
+        let found = match self.handle.route().get(message).execute().try_next().await {
+            Ok(found) => found,
+            // ENETUNREACH, EHOSTUNREACH, EINVAL, EACCES: an unreachable, blackhole or prohibit route, or none.
+            Err(error) if matches!(errno(&error), Some(101 | 113 | 22 | 13)) => None,
+            Err(error) => return Err(refused(format!("look up the route to {destination}"), error)),
+        };
+        let Some(message) = found.filter(|message| message.header.kind == RouteType::Unicast) else { return Ok(None) };
+        let mut route = Route { ifindex: 0, gateway: None };
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => route.ifindex = *index,
+                RouteAttribute::Gateway(RouteAddress::Inet(v4)) => route.gateway = Some((*v4).into()),
+                RouteAttribute::Gateway(RouteAddress::Inet6(v6)) => route.gateway = Some((*v6).into()),
+                _ => {}
+            }
+        }
+        Ok((route.ifindex != 0).then_some(route))
+    }
+
+    /// Neighbor entries of a link, by address.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn neighbors(&self, ifindex: u32) -> Result<Vec<(IpAddr, Neighbor)>, LinkError> {
+        let mut stream = self.handle.neighbours().get().execute();
+        let mut neighbors = Vec::new();
+        while let Some(message) = stream.try_next().await.map_err(|error| refused("list neighbors", error))? {
+            if message.header.ifindex != ifindex {
+                continue;
+            }
+            let mut address = None;
+            let mut mac = None;
+            for attribute in &message.attributes {
+                match attribute {
+                    NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => address = Some(IpAddr::V4(*v4)),
+                    NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => address = Some(IpAddr::V6(*v6)),
+                    NeighbourAttribute::LinkLayerAddress(bytes) => {
+                        mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(MacAddr);
+                    }
+                    _ => {}
+                }
+            }
+            let state = message.header.state;
+            let is_known = !matches!(state, NeighbourState::Failed | NeighbourState::Incomplete | NeighbourState::None);
+            let is_fresh = is_known && state != NeighbourState::Stale;
+            if let Some(address) = address {
+                neighbors.push((address, Neighbor { mac: mac.filter(|_| is_known), is_fresh }));
+            }
+        }
+        Ok(neighbors)
+    }
+
+    /// Has the kernel resolve a neighbor, as sending to it would (`NTF_USE`).
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn resolve(&self, ifindex: u32, address: IpAddr) -> Result<(), LinkError> {
+        self.handle
+            .neighbours()
+            .add(ifindex, address)
+            .state(NeighbourState::None)
+            .flags(NeighbourFlags::Use)
+            .replace()
+            .execute()
+            .await
+            .map_err(|error| refused(format!("resolve {address}"), error))
+    }
+}

@@ -1,0 +1,156 @@
+//! A pod's veth: made, configured, deleted.
+
+use std::net::IpAddr;
+use std::os::fd::AsRawFd;
+
+use ipnet::IpNet;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
+use rtnetlink::packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVeth, LinkAttribute};
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteMetric, RouteScope};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use vswitch_net::MacAddr;
+
+use crate::{ENODEV, Kernel, LinkError, Netns, errno, refused};
+
+/// A veth to make: one end here, one in a pod.
+#[derive(Clone, Debug)]
+pub struct VethSpec<'a> {
+    /// Name of the end here.
+    pub host: &'a str,
+    /// Name of the pod's end.
+    pub pod: &'a str,
+    /// The pod's namespace.
+    pub netns: &'a Netns,
+    /// MAC address of the pod's end.
+    pub mac: MacAddr,
+    /// MTU of both ends.
+    pub mtu: u32,
+    /// Queues of both ends: one a worker of the switch.
+    pub queues: u32,
+}
+
+impl Kernel {
+    /// Makes a veth, its pod end in the pod's namespace, its end here up.
+    ///
+    /// The end here gets no IPv6 address: it is the switch's, and the host's stack must not speak on it. The pod's end
+    /// segments its own TCP (`gso_max_segs` of 1), because a received frame does not tell the size it should be cut to;
+    /// local TCP has large segments by the link's MTU instead.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`]; nothing is left behind.
+    pub async fn create_veth(&self, spec: &VethSpec<'_>) -> Result<(), LinkError> {
+        let queues = [LinkAttribute::NumTxQueues(spec.queues), LinkAttribute::NumRxQueues(spec.queues)];
+        let mut pod = LinkMessageBuilder::<LinkUnspec>::new()
+            .name(spec.pod)
+            .mtu(spec.mtu)
+            .address(spec.mac.0.to_vec())
+            .setns_by_fd(spec.netns.as_raw_fd())
+            .append_extra_attribute(LinkAttribute::GsoMaxSegs(1));
+        let mut host = LinkMessageBuilder::<LinkVeth>::new(spec.host, spec.pod).mtu(spec.mtu);
+        for attribute in queues {
+            pod = pod.append_extra_attribute(attribute.clone());
+            host = host.append_extra_attribute(attribute);
+        }
+        let host = host.set_info_data(InfoData::Veth(InfoVeth::Peer(pod.build()))).build();
+        let what = || format!("make the veth {} with its end {} in the pod", spec.host, spec.pod);
+        self.handle.link().add(host).execute().await.map_err(|error| refused(what(), error))?;
+        let up = LinkMessageBuilder::<LinkUnspec>::new()
+            .name(spec.host)
+            .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![
+                AfSpecInet6::AddrGenMode(In6AddrGenMode::None),
+            ])]))
+            .up()
+            .build();
+        if let Err(error) = self.handle.link().set(up).execute().await {
+            let _ = self.delete_link(spec.host).await;
+            return Err(refused(format!("set link {} up", spec.host), error));
+        }
+        Ok(())
+    }
+
+    /// Deletes a link. True if there was one.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn delete_link(&self, name: &str) -> Result<bool, LinkError> {
+        let Some(link) = self.link(name).await? else { return Ok(false) };
+        match self.handle.link().del(link.ifindex).execute().await {
+            Ok(()) => Ok(true),
+            Err(error) if errno(&error) == Some(ENODEV) => Ok(false),
+            Err(error) => Err(refused(format!("delete link {name}"), error)),
+        }
+    }
+
+    /// Sets a link up.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn set_up(&self, ifindex: u32) -> Result<(), LinkError> {
+        let up = LinkUnspec::new_with_index(ifindex).up().build();
+        self.handle.link().set(up).execute().await.map_err(|error| refused("set the pod's link up", error))
+    }
+
+    /// Adds an address to a link, without duplicate detection and without a route of its own.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn add_address(&self, ifindex: u32, address: IpNet) -> Result<(), LinkError> {
+        let mut request = self.handle.address().add(ifindex, address.addr(), address.prefix_len());
+        let flags = AddressFlags::Nodad | AddressFlags::Noprefixroute;
+        request.message_mut().attributes.push(AddressAttribute::Flags(flags));
+        request.execute().await.map_err(|error| refused(format!("add address {address}"), error))
+    }
+
+    /// Adds a route out of a link; without a gateway the destination is on the link.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn add_route(
+        &self,
+        ifindex: u32,
+        destination: IpNet,
+        gateway: Option<IpAddr>,
+        mtu: Option<u32>,
+    ) -> Result<(), LinkError> {
+        let mut message = route_message(ifindex, destination, gateway);
+        if let Some(mtu) = mtu {
+            message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
+        }
+        self.handle
+            .route()
+            .add(message)
+            .execute()
+            .await
+            .map_err(|error| refused(format!("add route {destination}"), error))
+    }
+}
+
+fn route_message(ifindex: u32, destination: IpNet, gateway: Option<IpAddr>) -> RouteMessage {
+    let scope = if gateway.is_none() { RouteScope::Link } else { RouteScope::Universe };
+    match destination {
+        IpNet::V4(v4) => {
+            let mut builder = RouteMessageBuilder::<std::net::Ipv4Addr>::new()
+                .destination_prefix(v4.network(), v4.prefix_len())
+                .output_interface(ifindex)
+                .scope(scope);
+            if let Some(IpAddr::V4(gateway)) = gateway {
+                builder = builder.gateway(gateway);
+            }
+            builder.build()
+        }
+        IpNet::V6(v6) => {
+            let mut builder = RouteMessageBuilder::<std::net::Ipv6Addr>::new()
+                .destination_prefix(v6.network(), v6.prefix_len())
+                .output_interface(ifindex);
+            if let Some(IpAddr::V6(gateway)) = gateway {
+                builder = builder.gateway(gateway);
+            }
+            builder.build()
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! The world as control needs it: links get a program and sockets, workers get ports, and tell their numbers.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use vswitch_control::{Attached, Backend, FlowSample, WorkerSample};
+use vswitch_net::PortId;
+use vswitch_xsk::{AttachedProgram, BoundSocket, CopyMode, Role, XdpMode, XdpPreference, ZeroCopy};
+
+use crate::worker::WorkerHandle;
+
+/// Workers and attached links.
+#[derive(Debug)]
+pub(crate) struct Links {
+    workers: Vec<WorkerHandle>,
+    attached: BTreeMap<PortId, AttachedLink>,
+    xdp: XdpPreference,
+    start: Instant,
+}
+
+#[derive(Debug)]
+struct AttachedLink {
+    ifindex: u32,
+    program: AttachedProgram,
+}
+
+/// Which queues of a link to bind.
+enum Queues {
+    /// One a worker.
+    OnePerWorker,
+    /// So many, dealt out to the workers in turn.
+    Dealt(u32),
+}
+
+impl Links {
+    pub(crate) fn new(workers: Vec<WorkerHandle>, xdp: XdpPreference, start: Instant) -> Links {
+        Links { workers, attached: BTreeMap::new(), xdp, start }
+    }
+
+    /// Attaches the uplink with all its queues.
+    pub(crate) fn attach_uplink(
+        &mut self,
+        port: PortId,
+        ifindex: u32,
+        queues: u32,
+        role: Role,
+        zero_copy: ZeroCopy,
+    ) -> Result<Attached, String> {
+        if (queues as usize) < self.workers.len() {
+            return Err(format!(
+                "the uplink has {queues} receive queues for {} workers: lower worker.count, or give it more (`ethtool -L`)",
+                self.workers.len()
+            ));
+        }
+        self.attach_link(port, ifindex, role, Queues::Dealt(queues), zero_copy)
+    }
+
+    /// The program of a port, to change what it takes.
+    pub(crate) fn program(&mut self, port: PortId) -> Option<&mut AttachedProgram> {
+        self.attached.get_mut(&port).map(|link| &mut link.program)
+    }
+
+    /// The link index of a port.
+    pub(crate) fn ifindex(&self, port: PortId) -> Option<u32> {
+        self.attached.get(&port).map(|link| link.ifindex)
+    }
+
+    fn attach_link(
+        &mut self,
+        port: PortId,
+        ifindex: u32,
+        role: Role,
+        queues: Queues,
+        zero_copy: ZeroCopy,
+    ) -> Result<Attached, String> {
+        let mut program = AttachedProgram::attach(role, ifindex, self.xdp).map_err(|error| error.to_string())?;
+        let queues = match queues {
+            Queues::OnePerWorker => self.workers.len() as u32,
+            Queues::Dealt(queues) => queues,
+        };
+        let mut sockets: Vec<Vec<BoundSocket>> = self.workers.iter().map(|_| Vec::new()).collect();
+        let mut copy_modes = Vec::new();
+        for queue in 0..queues {
+            let owner = queue as usize % self.workers.len();
+            let socket =
+                self.workers[owner].binder.bind(ifindex, queue, zero_copy).map_err(|error| error.to_string())?;
+            program.set_socket(queue, &socket).map_err(|error| error.to_string())?;
+            copy_modes.push(copy_mode_name(socket.copy_mode()).to_owned());
+            sockets[owner].push(socket);
+        }
+        for (worker, sockets) in self.workers.iter().zip(sockets) {
+            worker.insert(port, sockets);
+        }
+        let attached = Attached {
+            xdp_mode: match program.mode() {
+                XdpMode::Native => "native".to_owned(),
+                XdpMode::Generic => "generic".to_owned(),
+            },
+            xdp_fallback: program.fallback_reason().map(str::to_owned),
+            copy_modes,
+        };
+        self.attached.insert(port, AttachedLink { ifindex, program });
+        Ok(attached)
+    }
+}
+
+impl Backend for Links {
+    fn attach(&mut self, port: PortId, link: &str) -> Result<Attached, String> {
+        let ifindex = ifindex_of(link)?;
+        self.attach_link(port, ifindex, Role::Pod, Queues::OnePerWorker, ZeroCopy::Off)
+    }
+
+    fn detach(&mut self, port: PortId) {
+        // The program first: then nothing new comes, and what is on its way finds its sockets still there.
+        self.attached.remove(&port);
+        self.workers.iter().for_each(|worker| worker.remove(port));
+    }
+
+    fn sample(&mut self) -> Vec<WorkerSample> {
+        self.workers.iter().map(|worker| worker.sample().unwrap_or_default()).collect()
+    }
+
+    fn flows(&mut self, since_ns: u64, limit: usize) -> Vec<FlowSample> {
+        self.workers.iter().filter_map(|worker| worker.flows(since_ns, limit)).collect()
+    }
+
+    fn process(&self) -> (u32, u64, u64) {
+        (std::process::id(), self.start.elapsed().as_secs(), resident_bytes())
+    }
+}
+
+fn ifindex_of(link: &str) -> Result<u32, String> {
+    use rustix::net::{AddressFamily, SocketType, netdevice, socket};
+    let probe = socket(AddressFamily::UNIX, SocketType::DGRAM, None).map_err(|error| error.to_string())?;
+    netdevice::name_to_index(&probe, link)
+        .map_err(|_| format!("no link {link} in the daemon's network namespace: see `ip link show`"))
+}
+
+fn copy_mode_name(mode: CopyMode) -> &'static str {
+    match mode {
+        CopyMode::Copy => "copy",
+        CopyMode::ZeroCopy => "zero-copy",
+    }
+}
+
+/// `VmRSS` of `/proc/self/status`: pinned packet memory counts.
+fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0) * 1024
+}

@@ -1,0 +1,226 @@
+//! The configuration file. `config/vswitch.toml` documents every key.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use vswitch_api::{NetworkSpec, PeerSpec, Request, RouteSpec};
+use vswitch_xsk::{XdpPreference, ZeroCopy};
+
+/// The file.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Config {
+    pub(crate) daemon: Daemon,
+    pub(crate) worker: Worker,
+    pub(crate) uplink: Uplink,
+    pub(crate) fdb: Fdb,
+    pub(crate) network: Vec<NetworkSpec>,
+    pub(crate) peer: Vec<PeerSpec>,
+    pub(crate) route: Vec<RouteSpec>,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Daemon {
+    pub(crate) runtime_dir: PathBuf,
+    pub(crate) socket: Option<PathBuf>,
+    pub(crate) xdp_mode: XdpMode,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Worker {
+    pub(crate) count: usize,
+    pub(crate) cores: Vec<usize>,
+    pub(crate) poll: Poll,
+    pub(crate) idle_turns: u32,
+    pub(crate) umem_frames: usize,
+    pub(crate) flow_entries: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Uplink {
+    pub(crate) link: Option<String>,
+    pub(crate) vtep: Vec<IpAddr>,
+    pub(crate) udp_port: u16,
+    pub(crate) zero_copy: ZeroCopyMode,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Fdb {
+    pub(crate) ageing_seconds: u64,
+    pub(crate) limit: usize,
+}
+
+/// What a worker does with nothing to do.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Poll {
+    /// Sleeps after a while until a socket is readable.
+    Adaptive,
+    /// Never sleeps.
+    Busy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum XdpMode {
+    Auto,
+    Native,
+    Generic,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ZeroCopyMode {
+    Auto,
+    Off,
+}
+
+impl Default for Daemon {
+    fn default() -> Self {
+        Daemon { runtime_dir: "/run/vswitch".into(), socket: None, xdp_mode: XdpMode::Auto }
+    }
+}
+
+impl Default for Worker {
+    fn default() -> Self {
+        Worker {
+            count: 1,
+            cores: Vec::new(),
+            poll: Poll::Adaptive,
+            idle_turns: 1000,
+            umem_frames: 32_768,
+            flow_entries: 131_072,
+        }
+    }
+}
+
+impl Default for Uplink {
+    fn default() -> Self {
+        Uplink { link: None, vtep: Vec::new(), udp_port: vswitch_net::VXLAN_PORT, zero_copy: ZeroCopyMode::Auto }
+    }
+}
+
+impl Default for Fdb {
+    fn default() -> Self {
+        Fdb { ageing_seconds: 300, limit: 8192 }
+    }
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    ///
+    /// One sentence that names file, line, key and what is allowed.
+    pub(crate) fn read(path: &Path) -> Result<Config, String> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| format!("cannot read {}: {error}; name another file with --config", path.display()))?;
+        Config::parse(&text).map_err(|error| format!("{}: {error}", path.display()))
+    }
+
+    fn parse(text: &str) -> Result<Config, String> {
+        let config: Config = toml::from_str(text).map_err(|error| {
+            let line = error.span().map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count());
+            let message = error.message().replace('\n', ", ");
+            match line {
+                Some(line) => format!("line {line}: {message}"),
+                None => message,
+            }
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Where the daemon listens.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.daemon.socket.clone().unwrap_or_else(|| self.daemon.runtime_dir.join("vswitchd.sock"))
+    }
+
+    /// The requests that make what the file describes.
+    pub(crate) fn requests(&self) -> impl Iterator<Item = Request> + '_ {
+        let networks = self.network.iter().cloned().map(Request::NetworkAdd);
+        let peers = self.peer.iter().cloned().map(Request::PeerAdd);
+        let routes = self.route.iter().cloned().map(Request::RouteAdd);
+        networks.chain(peers).chain(routes)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let Worker { count, cores, umem_frames, flow_entries, .. } = &self.worker;
+        if !(1..=64).contains(count) {
+            return Err(format!("worker.count: {count} is not allowed; allowed are 1 to 64"));
+        }
+        if !cores.is_empty() && cores.len() != *count {
+            return Err(format!("worker.cores: {} cores for {count} workers; name one a worker, or none", cores.len()));
+        }
+        if !(1024..=1 << 20).contains(umem_frames) {
+            return Err(format!("worker.umem_frames: {umem_frames} is not allowed; allowed are 1024 to 1048576"));
+        }
+        if !(16..=1 << 26).contains(flow_entries) {
+            return Err(format!("worker.flow_entries: {flow_entries} is not allowed; allowed are 16 to 67108864"));
+        }
+        if self.uplink.udp_port == 0 {
+            return Err("uplink.udp_port: 0 is not allowed; allowed are 1 to 65535".to_owned());
+        }
+        if self.fdb.ageing_seconds == 0 || self.fdb.limit == 0 {
+            return Err("fdb.ageing_seconds and fdb.limit: 0 is not allowed; allowed is 1 or more".to_owned());
+        }
+        Ok(())
+    }
+}
+
+impl From<XdpMode> for XdpPreference {
+    fn from(mode: XdpMode) -> XdpPreference {
+        match mode {
+            XdpMode::Auto => XdpPreference::Auto,
+            XdpMode::Native => XdpPreference::Native,
+            XdpMode::Generic => XdpPreference::Generic,
+        }
+    }
+}
+
+impl From<ZeroCopyMode> for ZeroCopy {
+    fn from(mode: ZeroCopyMode) -> ZeroCopy {
+        match mode {
+            ZeroCopyMode::Auto => ZeroCopy::Auto,
+            ZeroCopyMode::Off => ZeroCopy::Off,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_file_says_the_defaults() {
+        let shipped = Config::parse(include_str!("../../config/vswitch.toml")).unwrap();
+        let defaults = Config::default();
+        assert_eq!(
+            (&shipped.daemon, &shipped.worker, &shipped.fdb),
+            (&defaults.daemon, &defaults.worker, &defaults.fdb)
+        );
+        assert_eq!((shipped.uplink.udp_port, shipped.uplink.zero_copy), (4789, ZeroCopyMode::Auto));
+        assert!(!shipped.network.is_empty());
+    }
+
+    #[test]
+    fn errors_name_the_line_the_key_and_what_is_allowed() {
+        for (text, wanted) in [
+            ("[worker]\ncuont = 1", "line 2: unknown field `cuont`, expected one of `count`"),
+            ("[worker]\ncount = 0", "worker.count: 0 is not allowed; allowed are 1 to 64"),
+            ("[uplink]\nvtep = [\"300.1.1.1\"]", "line 2"),
+            ("[[network]]\nname = \"a\"\nvni = 16777216", "16777216 is no VNI: allowed are 0 to 16777215"),
+            ("[[network]]\nname = \"a\"\nvni = 1\nmode = \"routing\"", "expected `routed` or `bridged`"),
+            ("[worker", "line 1"),
+        ] {
+            let error = Config::parse(text).unwrap_err();
+            assert!(error.contains(wanted), "{error}");
+            assert!(!error.contains('\n'), "{error}");
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! The runtime directory: the lock of the one daemon, and the state that a restart needs.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use vswitch_control::State;
+
+/// The directory, locked for this process.
+#[derive(Debug)]
+pub(crate) struct Store {
+    directory: PathBuf,
+    boot_id: String,
+    _lock: File,
+}
+
+impl Store {
+    /// Makes the directory if need be and locks it.
+    ///
+    /// # Errors
+    ///
+    /// A sentence with the remedy; another daemon may hold it.
+    pub(crate) fn open(directory: &Path) -> Result<Store, String> {
+        let path = directory.display();
+        fs::create_dir_all(directory).map_err(|error| {
+            format!("cannot make {path}: {error}; set daemon.runtime_dir to a directory that can be written")
+        })?;
+        let lock = File::create(directory.join("lock"))
+            .map_err(|error| format!("cannot write in {path}: {error}; run as root, or set daemon.runtime_dir"))?;
+        lock.try_lock().map_err(|_| {
+            format!("another vswitchd runs in {path}: stop it, or give this one another daemon.runtime_dir")
+        })?;
+        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned();
+        Ok(Store { directory: directory.to_owned(), boot_id, _lock: lock })
+    }
+
+    /// What the last daemon left, if it was written since boot.
+    ///
+    /// # Errors
+    ///
+    /// A sentence, if the file is there and cannot be used; the daemon then starts without it and keeps it aside.
+    pub(crate) fn load(&self) -> Result<Option<State>, String> {
+        let path = self.path();
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
+        };
+        let state: State = match serde_json::from_slice(&text) {
+            Ok(state) => state,
+            Err(error) => {
+                let aside = path.with_extension("json.bad");
+                let _ = fs::rename(&path, &aside);
+                return Err(format!(
+                    "{} is no state of this version ({error}): kept as {}",
+                    path.display(),
+                    aside.display()
+                ));
+            }
+        };
+        Ok((state.boot_id == self.boot_id).then_some(state))
+    }
+
+    /// Writes the state: whole, or not at all.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file system.
+    pub(crate) fn save(&self, state: &State) -> io::Result<()> {
+        let new = self.directory.join("state.json.new");
+        let mut file = File::create(&new)?;
+        file.write_all(&serde_json::to_vec(state)?)?;
+        file.sync_all()?;
+        fs::rename(&new, self.path())
+    }
+
+    /// The boot id that belongs into the state.
+    pub(crate) fn boot_id(&self) -> &str {
+        &self.boot_id
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.join("state.json")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn state_of_another_boot_is_not_taken_over() {
+        let directory = std::env::temp_dir().join(format!("vswitch-store-{}", std::process::id()));
+        let store = Store::open(&directory).unwrap();
+        assert_eq!(store.load(), Ok(None));
+        let mut state = State { boot_id: store.boot_id().to_owned(), ..State::default() };
+        store.save(&state).unwrap();
+        assert_eq!(store.load(), Ok(Some(state.clone())));
+        state.boot_id = "another".to_owned();
+        store.save(&state).unwrap();
+        assert_eq!(store.load(), Ok(None));
+        fs::write(store.path(), "{").unwrap();
+        assert!(store.load().unwrap_err().contains("kept as"));
+        assert!(Store::open(&directory).unwrap_err().contains("another vswitchd"));
+        fs::remove_dir_all(directory).unwrap();
+    }
+}

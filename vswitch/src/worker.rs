@@ -1,0 +1,351 @@
+//! A worker thread: the clock, the sleep and the commands around [`vswitch_dataplane::Worker`].
+//!
+//! The thread turns as long as a port is active. A port without packets for a while is armed in an epoll set and not
+//! polled; with no active port left the thread sleeps there. Commands come over a queue, with an eventfd to end a sleep.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use arc_swap::{ArcSwap, Cache};
+use crossbeam_channel::{Receiver, Sender, TrySendError};
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use tokio::sync::Notify;
+use vswitch_control::{FlowSample, SocketSample, WorkerSample};
+use vswitch_dataplane::{Event, PortIo, Snapshot, Worker, WorkerConfig};
+use vswitch_net::PortId;
+use vswitch_xsk::{Binder, BoundSocket, Closing, Packet, TxChecksum, Umem, XskSocket};
+
+/// How long a command may take: a worker answers between two turns.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// While ports are polled, parked ones are looked at every so many turns.
+const PARKED_CHECK_TURNS: u32 = 32;
+
+/// Longest sleep; a shorter one while sent frames are still with the kernel.
+const SLEEP: Duration = Duration::from_millis(500);
+const SLEEP_WHILE_SENDING: Duration = Duration::from_millis(1);
+
+/// Marks the eventfd among the ports in the epoll set.
+const WAKER: u64 = u64::MAX;
+
+/// The daemon's end of a worker.
+#[derive(Debug)]
+pub(crate) struct WorkerHandle {
+    pub(crate) binder: Binder,
+    commands: Sender<Command>,
+    waker: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What all workers share.
+#[derive(Clone, Debug)]
+pub(crate) struct Shared {
+    pub(crate) snapshot: Arc<ArcSwap<Snapshot>>,
+    pub(crate) events: Sender<Event>,
+    pub(crate) news: Arc<Notify>,
+    pub(crate) start: Instant,
+}
+
+/// How a worker is made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Setup {
+    pub(crate) index: usize,
+    pub(crate) core: Option<usize>,
+    pub(crate) umem_frames: usize,
+    pub(crate) flow_entries: usize,
+    pub(crate) idle_turns: u32,
+    pub(crate) is_busy: bool,
+    pub(crate) seed: u64,
+}
+
+enum Command {
+    Insert(PortId, Vec<BoundSocket>),
+    Remove(PortId, Sender<Vec<(Arc<OwnedFd>, Closing)>>),
+    Reclaim(Vec<Closing>),
+    Sample(Sender<WorkerSample>),
+    Flows { since_ns: u64, limit: usize, answer: Sender<FlowSample> },
+    Stop,
+}
+
+/// The queues of one port that belong to this worker. All receive; the first sends.
+#[derive(Debug)]
+struct Queues(Vec<XskSocket>);
+
+impl PortIo for Queues {
+    fn rx_burst(&mut self, umem: &mut Umem, out: &mut Vec<Packet>, max: usize) -> usize {
+        self.0.iter_mut().fold(0, |got, socket| got + socket.rx_burst(umem, out, max - got))
+    }
+
+    fn tx_push(&mut self, umem: &mut Umem, packet: Packet, checksum: Option<TxChecksum>) -> Result<(), Packet> {
+        match self.0.first_mut() {
+            Some(socket) => socket.tx_push(umem, packet, checksum),
+            None => Err(packet),
+        }
+    }
+
+    fn flush(&mut self, umem: &mut Umem) -> bool {
+        match self.0.first_mut() {
+            Some(socket) => socket.flush(umem) && !socket.is_sending(),
+            None => true,
+        }
+    }
+
+    fn rest(&mut self) {
+        self.0.iter_mut().for_each(XskSocket::rest);
+    }
+}
+
+impl WorkerHandle {
+    /// Maps the worker's memory and starts its thread.
+    ///
+    /// # Errors
+    ///
+    /// Those of `mmap(2)`, `epoll_create(2)` and `eventfd(2)`, and of starting a thread.
+    pub(crate) fn start(setup: Setup, shared: Shared) -> io::Result<WorkerHandle> {
+        let umem = Umem::new(setup.umem_frames)?;
+        let binder = Binder::new(&umem);
+        let config = WorkerConfig { flow_entries: setup.flow_entries, seed: setup.seed, idle_turns: setup.idle_turns };
+        let (commands, inbox) = crossbeam_channel::unbounded();
+        let waker = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+        let sleeper = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&sleeper, &waker, epoll::EventData::new_u64(WAKER), epoll::EventFlags::IN)?;
+        let thread = WorkerThread {
+            worker: Worker::new(umem, config),
+            inbox,
+            snapshot: Cache::new(shared.snapshot.clone()),
+            shared,
+            setup,
+            sleeper,
+            waker: waker.clone(),
+            turns: 0,
+            sleeps: 0,
+        };
+        let thread = thread::Builder::new().name(format!("worker-{}", setup.index)).spawn(move || thread.run())?;
+        Ok(WorkerHandle { binder, commands, waker, thread: Some(thread) })
+    }
+
+    /// Hands a port's sockets over; they are polled from the next turn on.
+    pub(crate) fn insert(&self, port: PortId, sockets: Vec<BoundSocket>) {
+        self.send(Command::Insert(port, sockets));
+    }
+
+    /// Takes a port away and closes its sockets here, off the data path.
+    pub(crate) fn remove(&self, port: PortId) {
+        let (answer, sockets) = crossbeam_channel::bounded(1);
+        self.send(Command::Remove(port, answer));
+        let Ok(sockets) = sockets.recv_timeout(ANSWER_TIMEOUT) else { return };
+        let closing = sockets
+            .into_iter()
+            .map(|(fd, closing)| {
+                drop(fd);
+                closing
+            })
+            .collect();
+        self.send(Command::Reclaim(closing));
+    }
+
+    /// The worker's numbers.
+    pub(crate) fn sample(&self) -> Option<WorkerSample> {
+        let (answer, sample) = crossbeam_channel::bounded(1);
+        self.send(Command::Sample(answer));
+        sample.recv_timeout(ANSWER_TIMEOUT).ok()
+    }
+
+    /// Some of the worker's flows.
+    pub(crate) fn flows(&self, since_ns: u64, limit: usize) -> Option<FlowSample> {
+        let (answer, flows) = crossbeam_channel::bounded(1);
+        self.send(Command::Flows { since_ns, limit, answer });
+        flows.recv_timeout(ANSWER_TIMEOUT).ok()
+    }
+
+    fn send(&self, command: Command) {
+        // The receiver lives as long as the thread, which ends only by `Stop`.
+        let _ = self.commands.send(command);
+        let _ = rustix::io::write(&self.waker, &1_u64.to_ne_bytes());
+    }
+}
+
+impl Drop for WorkerHandle {
+    fn drop(&mut self) {
+        self.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct WorkerThread {
+    worker: Worker<Queues>,
+    inbox: Receiver<Command>,
+    snapshot: Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>,
+    shared: Shared,
+    setup: Setup,
+    sleeper: OwnedFd,
+    waker: Arc<OwnedFd>,
+    turns: u64,
+    sleeps: u64,
+}
+
+impl WorkerThread {
+    fn run(mut self) {
+        if let Some(id) = self.setup.core {
+            core_affinity::set_for_current(core_affinity::CoreId { id });
+        }
+        let mut since_check = 0;
+        loop {
+            while let Ok(command) = self.inbox.try_recv() {
+                if !self.obey(command) {
+                    return;
+                }
+            }
+            let now_ns = self.shared.start.elapsed().as_nanos() as u64;
+            let turn = self.worker.turn(now_ns, self.snapshot.load());
+            self.turns += 1;
+            if self.worker.has_events() {
+                self.report();
+            }
+            self.park();
+            since_check += 1;
+            if self.worker.has_active() {
+                if since_check >= PARKED_CHECK_TURNS {
+                    since_check = 0;
+                    self.wait(Duration::ZERO);
+                }
+            } else {
+                since_check = 0;
+                self.sleeps += 1;
+                self.wait(match () {
+                    () if self.setup.is_busy => Duration::ZERO,
+                    () if turn.is_sending => SLEEP_WHILE_SENDING,
+                    () => SLEEP,
+                });
+            }
+        }
+    }
+
+    /// False to stop.
+    fn obey(&mut self, command: Command) -> bool {
+        match command {
+            Command::Insert(port, sockets) => {
+                let sockets: Vec<XskSocket> =
+                    sockets.into_iter().map(|socket| socket.adopt(self.worker.umem_mut())).collect();
+                for socket in &sockets {
+                    // Listens to nothing until the port is parked.
+                    let data = epoll::EventData::new_u64(u64::from(port.0));
+                    let _ = epoll::add(&self.sleeper, socket, data, epoll::EventFlags::ONESHOT);
+                }
+                if let Some(before) = self.worker.insert_port(port, Queues(sockets)) {
+                    self.discard(before);
+                }
+            }
+            Command::Remove(port, answer) => {
+                let sockets = self.worker.remove_port(port).map_or_else(Vec::new, |queues| queues.0);
+                let closing = sockets
+                    .into_iter()
+                    .map(|socket| {
+                        let _ = epoll::delete(&self.sleeper, &socket);
+                        socket.close_later(self.worker.umem_mut())
+                    })
+                    .collect();
+                let _ = answer.send(closing);
+            }
+            Command::Reclaim(closing) => {
+                closing.into_iter().for_each(|closing| closing.reclaim(self.worker.umem_mut()));
+            }
+            Command::Sample(answer) => {
+                let _ = answer.send(self.sample());
+            }
+            Command::Flows { since_ns, limit, answer } => {
+                let flows = self.worker.flows(since_ns, limit);
+                let _ = answer.send(FlowSample { worker: self.setup.index, flows });
+            }
+            Command::Stop => return false,
+        }
+        true
+    }
+
+    fn discard(&mut self, queues: Queues) {
+        queues.0.into_iter().for_each(|socket| socket.close(self.worker.umem_mut()));
+    }
+
+    fn report(&mut self) {
+        let mut lost = 0;
+        for event in self.worker.drain_events() {
+            if let Err(TrySendError::Full(_)) = self.shared.events.try_send(event) {
+                lost += 1;
+            }
+        }
+        (0..lost).for_each(|_| self.worker.count_lost_event());
+        self.shared.news.notify_one();
+    }
+
+    /// Has epoll listen to the ports that went idle.
+    fn park(&mut self) {
+        let idle: Vec<PortId> = self.worker.take_idle().collect();
+        for port in idle {
+            let sockets = self.worker.port(port).map_or(&[][..], |queues| &queues.0);
+            for socket in sockets {
+                let data = epoll::EventData::new_u64(u64::from(port.0));
+                let _ = epoll::modify(&self.sleeper, socket, data, epoll::EventFlags::IN | epoll::EventFlags::ONESHOT);
+            }
+        }
+    }
+
+    /// Sleeps until a parked port is readable or a command came, and wakes those ports.
+    fn wait(&mut self, timeout: Duration) {
+        let mut ready = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 64];
+        let timeout = Timespec { tv_sec: 0, tv_nsec: timeout.as_nanos() as i64 };
+        let Ok(count) = epoll::wait(&self.sleeper, &mut ready[..], Some(&timeout)) else { return };
+        for event in &ready[..count] {
+            match event.data.u64() {
+                WAKER => {
+                    let _ = rustix::io::read(&self.waker, &mut [0; 8]);
+                }
+                port => self.worker.wake(PortId(port as u16)),
+            }
+        }
+    }
+
+    fn sample(&self) -> WorkerSample {
+        let sockets = self.worker.ports().flat_map(|(port, queues)| {
+            queues.0.iter().map(move |socket| SocketSample {
+                port: Some(port),
+                // A link that is gone has no statistics any more.
+                kernel: socket.statistics().unwrap_or_default(),
+                kicks: socket.counters(),
+                fill_depth: socket.fill_depth(),
+            })
+        });
+        WorkerSample {
+            core: self.setup.core,
+            counters: self.worker.counters().clone(),
+            umem_frames: self.worker.umem().chunks(),
+            umem_free: self.worker.umem().free_chunks(),
+            turns: self.turns,
+            sleeps: self.sleeps,
+            sockets: sockets.collect(),
+        }
+    }
+}
+
+/// The cores to pin `count` workers to: those named, else the last ones allowed, for the first is the busiest with
+/// interrupts.
+pub(crate) fn choose_cores(named: &[usize], count: usize) -> Result<Vec<Option<usize>>, String> {
+    let allowed: Vec<usize> = core_affinity::get_core_ids().unwrap_or_default().iter().map(|core| core.id).collect();
+    if let Some(wrong) = named.iter().find(|core| !allowed.contains(core)) {
+        return Err(format!("worker.cores: core {wrong} is not allowed here; allowed are {allowed:?}"));
+    }
+    if !named.is_empty() {
+        return Ok(named.iter().copied().map(Some).collect());
+    }
+    // With fewer cores than workers nothing is pinned: the scheduler does better.
+    let pinned = if count <= allowed.len() {
+        allowed.iter().rev().take(count).copied().map(Some).collect()
+    } else {
+        vec![None; count]
+    };
+    Ok(pinned)
+}
