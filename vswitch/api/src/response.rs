@@ -216,6 +216,8 @@ pub struct NetworkInfo {
     pub ports: usize,
     /// MTU of routes that leave the node.
     pub wire_mtu: u32,
+    /// Its place in the order of making; ports that name no network go to the lowest.
+    pub order: u16,
 }
 
 /// A peer.

@@ -163,6 +163,7 @@ impl Control {
             spoof_check: entry.spec.spoof_check,
             ports: self.desired.ports.values().filter(|port| port.network == entry.index).count(),
             wire_mtu: self.wire_mtu(),
+            order: entry.index.0,
         }
     }
 

@@ -1,0 +1,349 @@
+//! The command line.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use ipnet::IpNet;
+use vswitch_api::{NetworkMode, NetworkSpec, PeerSpec};
+use vswitch_net::{MacAddr, Vni};
+
+/// Sees and steers a vswitchd.
+#[derive(Debug, Parser)]
+#[command(version, infer_subcommands = true)]
+pub(crate) struct Arguments {
+    /// The daemon's control socket.
+    #[arg(long, global = true, env = "VSWITCH_SOCKET", default_value = vswitch_api::DEFAULT_SOCKET)]
+    pub(crate) socket: PathBuf,
+    /// How to print.
+    #[arg(long, short, global = true, value_enum, default_value = "text")]
+    pub(crate) output: Format,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Format {
+    /// Tables for people.
+    Text,
+    /// The daemon's answer.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// The daemon on one page: workers, uplink, addresses, memory.
+    Status,
+    /// Ports: links of pods.
+    #[command(subcommand)]
+    Port(PortCommand),
+    /// Networks: one VNI each, routed or bridged.
+    #[command(subcommand)]
+    Network(NetworkCommand),
+    /// Peers: other nodes' VTEPs.
+    #[command(subcommand)]
+    Peer(PeerCommand),
+    /// Stations of bridged networks.
+    #[command(subcommand)]
+    Fdb(FdbCommand),
+    /// Routes of routed networks.
+    #[command(subcommand)]
+    Route(RouteCommand),
+    /// Next hops of the underlay, as the kernel resolved them.
+    #[command(subcommand)]
+    Neighbor(ListCommand),
+    /// Flows that had a packet in the last ten seconds.
+    #[command(subcommand)]
+    Flow(FlowCommand),
+    /// Counters by port.
+    Stats {
+        #[command(subcommand)]
+        command: Option<StatsCommand>,
+    },
+    /// Drops by reason.
+    Drops {
+        #[command(subcommand)]
+        command: Option<ListCommand>,
+    },
+    /// Prints the completions for a shell.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PortCommand {
+    /// All ports.
+    List,
+    /// One port.
+    Show {
+        /// Its host link.
+        link: String,
+    },
+    /// Plugs in a namespace (its interface is made) or a link that exists.
+    Add(PortAdd),
+    /// Unplugs a port; the link goes too if the switch made it.
+    Del(PortDel),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PortAdd {
+    /// The namespace to plug in, as /run/netns/blue; an interface is made in it.
+    #[arg(long, required_unless_present = "link", conflicts_with = "link")]
+    pub(crate) netns: Option<PathBuf>,
+    /// Name of the interface in the namespace.
+    #[arg(long, default_value = "eth0")]
+    pub(crate) ifname: String,
+    /// A link of this host to plug in as it is; needs --mac of what is behind it.
+    #[arg(long, requires = "mac")]
+    pub(crate) link: Option<String>,
+    /// The network; the first one unless named.
+    #[arg(long)]
+    pub(crate) network: Option<String>,
+    /// MAC address of the pod's interface.
+    #[arg(long)]
+    pub(crate) mac: Option<MacAddr>,
+    /// Addresses; the built-in IPAM gives one a family unless named.
+    #[arg(long = "ip", value_name = "ADDRESS")]
+    pub(crate) ips: Vec<IpAddr>,
+    /// MTU of the pod's link.
+    #[arg(long)]
+    pub(crate) mtu: Option<u32>,
+    /// Labels to keep with the port.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
+    pub(crate) labels: Vec<(String, String)>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PortDel {
+    /// The port's host link.
+    pub(crate) link: String,
+    /// Leave the link there.
+    #[arg(long)]
+    pub(crate) keep_link: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NetworkCommand {
+    /// All networks.
+    List,
+    /// One network.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Adds a network.
+    Add(NetworkAdd),
+    /// Removes a network without ports.
+    Del {
+        /// Its name.
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NetworkAdd {
+    name: String,
+    /// VXLAN network identifier.
+    #[arg(long, value_parser = parse_vni)]
+    vni: Vni,
+    /// Forward by MAC instead of by IP.
+    #[arg(long)]
+    bridged: bool,
+    /// A prefix of the whole network; may be repeated.
+    #[arg(long = "subnet", value_name = "PREFIX")]
+    subnets: Vec<IpNet>,
+    /// What this node's IPAM gives out; may be repeated.
+    #[arg(long = "range", value_name = "PREFIX")]
+    ranges: Vec<IpNet>,
+    /// An IPv4 router in a bridged network.
+    #[arg(long)]
+    gateway_v4: Option<Ipv4Addr>,
+    /// An IPv6 router in a bridged network.
+    #[arg(long)]
+    gateway_v6: Option<Ipv6Addr>,
+    /// Let ports send with any address.
+    #[arg(long)]
+    no_spoof_check: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PeerCommand {
+    /// All peers.
+    List,
+    /// One peer.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Adds a peer.
+    Add(PeerAdd),
+    /// Removes a peer, with its routes.
+    Del {
+        /// Its name.
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PeerAdd {
+    name: String,
+    /// Its VTEP address.
+    #[arg(long)]
+    vtep: IpAddr,
+    /// Inner destination MAC of routed packets to it; not needed for a vswitch.
+    #[arg(long)]
+    router_mac: Option<MacAddr>,
+    /// A bridged network whose broadcasts it gets; may be repeated; all unless named.
+    #[arg(long = "network")]
+    networks: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum FdbCommand {
+    /// Stations of one network, or of all.
+    List {
+        /// The network.
+        #[arg(long)]
+        network: Option<String>,
+    },
+    /// One station.
+    Show {
+        /// Its MAC address.
+        mac: MacAddr,
+    },
+    /// Adds a static station.
+    Add {
+        /// Its MAC address.
+        mac: MacAddr,
+        /// Its network.
+        #[arg(long)]
+        network: String,
+        /// Behind the port of this link.
+        #[arg(long, required_unless_present = "peer", conflicts_with = "peer")]
+        port: Option<String>,
+        /// Behind this peer.
+        #[arg(long)]
+        peer: Option<String>,
+    },
+    /// Removes a station.
+    Del {
+        /// Its MAC address.
+        mac: MacAddr,
+        /// Its network.
+        #[arg(long)]
+        network: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum RouteCommand {
+    /// Routes of one network, or of all.
+    List {
+        /// The network.
+        #[arg(long)]
+        network: Option<String>,
+    },
+    /// The route of a prefix.
+    Show {
+        /// The prefix.
+        prefix: IpNet,
+    },
+    /// Adds a route to a peer.
+    Add {
+        /// Destination.
+        prefix: IpNet,
+        /// A routed network.
+        #[arg(long)]
+        network: String,
+        /// The peer.
+        #[arg(long)]
+        peer: String,
+    },
+    /// Removes a route to a peer.
+    Del {
+        /// Destination.
+        prefix: IpNet,
+        /// Its network.
+        #[arg(long)]
+        network: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum FlowCommand {
+    /// All recent flows.
+    List {
+        /// Most to show.
+        #[arg(long, default_value_t = 1000)]
+        limit: usize,
+    },
+    /// Flows from or to an address.
+    Show {
+        /// The address.
+        address: IpAddr,
+        /// Most to look through.
+        #[arg(long, default_value_t = 100_000)]
+        limit: usize,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum StatsCommand {
+    /// All ports.
+    List,
+    /// One port, with its sockets.
+    Show {
+        /// Its link.
+        link: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ListCommand {
+    /// All.
+    List,
+    /// One.
+    Show {
+        /// Its name: a peer's, or a drop reason's.
+        name: String,
+    },
+}
+
+impl NetworkAdd {
+    pub(crate) fn spec(&self) -> NetworkSpec {
+        NetworkSpec {
+            name: self.name.clone(),
+            vni: self.vni,
+            mode: if self.bridged { NetworkMode::Bridged } else { NetworkMode::Routed },
+            subnets: self.subnets.clone(),
+            ranges: self.ranges.clone(),
+            gateway_v4: self.gateway_v4,
+            gateway_v6: self.gateway_v6,
+            spoof_check: !self.no_spoof_check,
+        }
+    }
+}
+
+impl PeerAdd {
+    pub(crate) fn spec(&self) -> PeerSpec {
+        PeerSpec {
+            name: self.name.clone(),
+            vtep: self.vtep,
+            router_mac: self.router_mac,
+            networks: (!self.networks.is_empty()).then(|| self.networks.clone()),
+        }
+    }
+}
+
+fn parse_vni(text: &str) -> Result<Vni, String> {
+    let number: u32 = text.parse().map_err(|_| format!("{text} is no VNI: allowed are 0 to 16777215"))?;
+    Vni::try_from(number).map_err(|error| error.to_string())
+}
+
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or_else(|| format!("\"{text}\" is no label: write KEY=VALUE"))?;
+    Ok((key.to_owned(), value.to_owned()))
+}

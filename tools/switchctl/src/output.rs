@@ -1,0 +1,359 @@
+//! Answers as text: a table for a list, lines for one thing.
+
+use std::fmt::Display;
+use std::io::{self, Write};
+
+use comfy_table::{ContentArrangement, Table, presets};
+use ipnet::IpNet;
+use vswitch_api::{Answer, DropInfo, PortInfo, PortStats, StatsInfo, StatusInfo};
+
+/// What `show` names does not exist.
+#[derive(Debug)]
+pub(crate) struct Missing(pub(crate) String);
+
+impl Display for Missing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Missing {}
+
+/// Keeps what `name` names.
+///
+/// # Errors
+///
+/// [`Missing`] if there is nothing of that name.
+pub(crate) fn only(mut answer: Answer, name: &str) -> anyhow::Result<Answer> {
+    let (is_empty, what) = match &mut answer {
+        Answer::Networks { networks } => keep(networks, "network", |network| network.name == name),
+        Answer::Peers { peers } => keep(peers, "peer", |peer| peer.name == name),
+        Answer::Fdb { stations } => keep(stations, "station", |station| station.mac.to_string() == name),
+        Answer::Routes { routes } => keep(routes, "route", |route| route.prefix.to_string() == name),
+        Answer::Neighbors { neighbors } => {
+            keep(neighbors, "next hop of peer", |hop| hop.peers.iter().any(|peer| peer == name))
+        }
+        Answer::Flows { flows } => {
+            keep(flows, "flow of", |flow| is_end(&flow.source, name) || is_end(&flow.destination, name))
+        }
+        Answer::Stats(stats) => keep(&mut stats.ports, "port of link", |port| port.link == name),
+        Answer::Drops { drops } => keep(drops, "drop for the reason", |drop| drop.reason == name),
+        _ => (false, ""),
+    };
+    if is_empty { Err(Missing(format!("no {what} {name}: `list` shows what there is")).into()) } else { Ok(answer) }
+}
+
+fn keep<T>(items: &mut Vec<T>, what: &'static str, matches: impl FnMut(&T) -> bool) -> (bool, &'static str) {
+    items.retain(matches);
+    (items.is_empty(), what)
+}
+
+/// True if an end of a flow, with or without a port, is the address.
+fn is_end(end: &str, address: &str) -> bool {
+    end == address
+        || end.strip_prefix(address).is_some_and(|rest| rest.starts_with(':'))
+        || end.starts_with(&format!("[{address}]"))
+}
+
+/// Prints an answer.
+pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io::Result<()> {
+    match answer {
+        Answer::Done => Ok(()),
+        Answer::Status(status) => print_status(out, status),
+        Answer::Port(port) => print_port(out, port),
+        Answer::Ports { ports } if is_show => ports.iter().try_for_each(|port| print_port(out, port)),
+        Answer::Ports { ports } => {
+            let row = |port: &PortInfo| {
+                row([
+                    &port.id,
+                    &port.link,
+                    &port.network,
+                    &join(&port.addresses),
+                    &port.mac,
+                    &port.xdp_mode,
+                    &port.copy_modes.join(","),
+                    &name_of(port),
+                ])
+            };
+            table(out, ["ID", "LINK", "NETWORK", "ADDRESSES", "MAC", "XDP", "COPY", "POD"], ports.iter().map(row))
+        }
+        Answer::Networks { networks } => table(
+            out,
+            ["NETWORK", "VNI", "MODE", "SUBNETS", "RANGES", "SPOOF CHECK", "PORTS", "WIRE MTU"],
+            networks.iter().map(|network| {
+                let mode = format!("{:?}", network.mode).to_lowercase();
+                row([
+                    &network.name,
+                    &network.vni,
+                    &mode,
+                    &join(&network.subnets),
+                    &join(&network.ranges),
+                    &on(network.spoof_check),
+                    &network.ports,
+                    &network.wire_mtu,
+                ])
+            }),
+        ),
+        Answer::Peers { peers } => table(
+            out,
+            ["PEER", "VTEP", "ROUTER MAC", "NETWORKS", "STATE"],
+            peers.iter().map(|peer| {
+                let networks = peer.networks.as_ref().map_or_else(|| "all".to_owned(), |names| names.join(","));
+                row([&peer.name, &peer.vtep, &peer.router_mac, &networks, &peer.state])
+            }),
+        ),
+        Answer::Fdb { stations } => table(
+            out,
+            ["NETWORK", "MAC", "AT", "KIND", "AGE"],
+            stations.iter().map(|station| {
+                let kind = if station.is_static { "static" } else { "learned" };
+                let age = station.age_seconds.map_or_else(|| "-".to_owned(), |seconds| format!("{seconds}s"));
+                row([&station.network, &station.mac, &station.at, &kind, &age])
+            }),
+        ),
+        Answer::Routes { routes } => table(
+            out,
+            ["NETWORK", "PREFIX", "TO"],
+            routes.iter().map(|route| row([&route.network, &route.prefix, &route.to])),
+        ),
+        Answer::Neighbors { neighbors } => table(
+            out,
+            ["PEERS", "NEXT HOP", "LINK", "MAC", "STATE"],
+            neighbors.iter().map(|hop| {
+                row([
+                    &hop.peers.join(","),
+                    &or_dash(hop.address),
+                    &or_dash(hop.link.as_ref()),
+                    &or_dash(hop.mac),
+                    &hop.state,
+                ])
+            }),
+        ),
+        Answer::Flows { flows } => table(
+            out,
+            ["WORKER", "NETWORK", "FROM", "PROTOCOL", "SOURCE", "DESTINATION", "ACTION", "PACKETS", "BYTES", "IDLE"],
+            flows.iter().map(|flow| {
+                let idle = format!("{}ms", flow.idle_ms);
+                row([
+                    &flow.worker,
+                    &flow.network,
+                    &flow.from,
+                    &flow.protocol,
+                    &flow.source,
+                    &flow.destination,
+                    &flow.action,
+                    &flow.packets,
+                    &flow.bytes,
+                    &idle,
+                ])
+            }),
+        ),
+        Answer::Stats(stats) => print_stats(out, stats, is_show),
+        Answer::Drops { drops } if drops.is_empty() => writeln!(out, "nothing was dropped"),
+        Answer::Drops { drops } => print_drops(out, drops, is_show),
+    }
+}
+
+fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
+    writeln!(
+        out,
+        "vswitchd {}, pid {}, up {}, {} MiB resident, generation {}",
+        status.version,
+        status.pid,
+        duration(status.uptime_seconds),
+        status.memory_bytes >> 20,
+        status.generation
+    )?;
+    match &status.uplink {
+        Some(uplink) => {
+            let vteps = [uplink.vtep_v4.map(|v4| v4.to_string()), uplink.vtep_v6.map(|v6| v6.to_string())];
+            let vteps: Vec<String> = vteps.into_iter().flatten().collect();
+            writeln!(
+                out,
+                "uplink {}: {}, mtu {}, vtep {} port {}, xdp {}, {}",
+                uplink.link,
+                uplink.state,
+                uplink.mtu,
+                if vteps.is_empty() { "none".to_owned() } else { vteps.join(" ") },
+                uplink.udp_port,
+                mode(&uplink.xdp_mode, uplink.xdp_fallback.as_deref()),
+                uplink.copy_modes.join(",")
+            )?;
+        }
+        None => writeln!(out, "uplink: none; this node is on its own")?,
+    }
+    writeln!(
+        out,
+        "{} ports, {} networks, {} of {} peers reachable",
+        status.ports, status.networks, status.peers_reachable, status.peers
+    )?;
+    for ipam in &status.ipam {
+        let free = if ipam.free == u64::MAX { "plenty".to_owned() } else { ipam.free.to_string() };
+        writeln!(out, "addresses of {} in {}: {} used, {free} free", ipam.network, ipam.range, ipam.used)?;
+    }
+    table(
+        out,
+        ["WORKER", "CORE", "FRAMES FREE", "FLOW HITS", "MISSES", "EVENTS LOST", "TURNS", "SLEEPS"],
+        status.workers.iter().map(|worker| {
+            let frames = format!("{} of {}", worker.umem_free, worker.umem_frames);
+            row([
+                &worker.worker,
+                &or_dash(worker.core),
+                &frames,
+                &worker.flow_hits,
+                &worker.flow_misses,
+                &worker.events_lost,
+                &worker.turns,
+                &worker.sleeps,
+            ])
+        }),
+    )
+}
+
+fn print_port(out: &mut impl Write, port: &PortInfo) -> io::Result<()> {
+    writeln!(out, "port {} on link {}, network {}", port.id, port.link, port.network)?;
+    writeln!(out, "  mac {}, mtu {}, addresses {}", port.mac, port.mtu, join(&port.addresses))?;
+    writeln!(out, "  xdp {}, {}", mode(&port.xdp_mode, port.xdp_fallback.as_deref()), port.copy_modes.join(","))?;
+    for route in &port.routes {
+        write!(out, "  route {}", route.destination)?;
+        route.gateway.map_or(Ok(()), |gateway| write!(out, " via {gateway}"))?;
+        route.mtu.map_or(Ok(()), |mtu| write!(out, " mtu {mtu}"))?;
+        writeln!(out)?;
+    }
+    if let Some(attachment) = &port.attachment {
+        writeln!(out, "  container {} interface {}", attachment.container_id, attachment.ifname)?;
+    }
+    if let Some(netns) = &port.netns {
+        writeln!(out, "  namespace {netns}")?;
+    }
+    port.labels.iter().try_for_each(|(key, value)| writeln!(out, "  label {key}={value}"))
+}
+
+fn print_stats(out: &mut impl Write, stats: &StatsInfo, is_show: bool) -> io::Result<()> {
+    let port = |port: &PortStats| {
+        row([
+            &port.id,
+            &port.link,
+            &port.rx_packets,
+            &port.rx_bytes,
+            &port.tx_packets,
+            &port.tx_bytes,
+            &port.drops,
+            &port.copies,
+            &port.tx_refused,
+        ])
+    };
+    table(
+        out,
+        ["ID", "LINK", "RX PACKETS", "RX BYTES", "TX PACKETS", "TX BYTES", "DROPS", "COPIES", "TX REFUSED"],
+        stats.ports.iter().map(port),
+    )?;
+    if is_show {
+        let sockets = stats.ports.iter().flat_map(|port| &port.sockets);
+        return table(
+            out,
+            [
+                "WORKER",
+                "KERNEL DROPPED",
+                "RX RING FULL",
+                "FILL EMPTY",
+                "INVALID",
+                "FILL DEPTH",
+                "KICKS",
+                "KICK ERRORS",
+                "OVERSIZED",
+            ],
+            sockets.map(|socket| {
+                row([
+                    &socket.worker,
+                    &socket.rx_dropped,
+                    &socket.rx_ring_full,
+                    &socket.rx_fill_ring_empty,
+                    &socket.invalid_descs,
+                    &socket.fill_depth,
+                    &socket.kicks,
+                    &socket.kick_errors,
+                    &socket.oversized,
+                ])
+            }),
+        );
+    }
+    writeln!(
+        out,
+        "all: rx {} {} tx {} + drops {} - copies {}",
+        stats.rx_packets,
+        if stats.is_balanced { "=" } else { "!=" },
+        stats.tx_packets,
+        stats.drops,
+        stats.copies
+    )
+}
+
+fn print_drops(out: &mut impl Write, drops: &[DropInfo], is_show: bool) -> io::Result<()> {
+    table(
+        out,
+        ["REASON", "PACKETS", "MEANING"],
+        drops.iter().map(|drop| row([&drop.reason, &drop.packets, &drop.meaning])),
+    )?;
+    if is_show {
+        let ports = drops.iter().flat_map(|drop| &drop.ports);
+        table(out, ["FROM LINK", "PACKETS"], ports.map(|(link, packets)| row([link, packets])))?;
+    }
+    Ok(())
+}
+
+fn table<const N: usize>(
+    out: &mut impl Write,
+    head: [&str; N],
+    rows: impl Iterator<Item = Vec<String>>,
+) -> io::Result<()> {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(head).add_rows(rows);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table.lines().try_for_each(|line| writeln!(out, "{}", line.trim_end()))
+}
+
+fn row<const N: usize>(cells: [&dyn Display; N]) -> Vec<String> {
+    cells.map(ToString::to_string).into()
+}
+
+fn name_of(port: &PortInfo) -> String {
+    let label = |key: &str| port.labels.get(key).cloned();
+    match (label("K8S_POD_NAMESPACE"), label("K8S_POD_NAME")) {
+        (Some(namespace), Some(name)) => format!("{namespace}/{name}"),
+        (None, Some(name)) => name,
+        _ => port.netns.clone().unwrap_or_else(|| "-".to_owned()),
+    }
+}
+
+fn mode(mode: &str, fallback: Option<&str>) -> String {
+    fallback.map_or_else(|| mode.to_owned(), |reason| format!("{mode} ({reason})"))
+}
+
+fn join(prefixes: &[IpNet]) -> String {
+    if prefixes.is_empty() {
+        "-".to_owned()
+    } else {
+        prefixes.iter().map(IpNet::to_string).collect::<Vec<_>>().join(",")
+    }
+}
+
+fn or_dash(value: Option<impl Display>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+fn on(value: bool) -> &'static str {
+    if value { "on" } else { "off" }
+}
+
+fn duration(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m{}s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{}h{}m", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{}d{}h", seconds / 86_400, seconds / 3600 % 24),
+    }
+}
