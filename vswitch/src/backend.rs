@@ -46,12 +46,6 @@ impl Links {
         role: Role,
         zero_copy: ZeroCopy,
     ) -> Result<Attached, String> {
-        if (queues as usize) < self.workers.len() {
-            return Err(format!(
-                "the uplink has {queues} receive queues for {} workers: lower worker.count, or give it more (`ethtool -L`)",
-                self.workers.len()
-            ));
-        }
         self.attach_link(port, ifindex, role, Queues::Dealt(queues), zero_copy)
     }
 
@@ -82,8 +76,12 @@ impl Links {
         let mut copy_modes = Vec::new();
         for queue in 0..queues {
             let owner = queue as usize % self.workers.len();
-            let socket =
-                self.workers[owner].binder.bind(ifindex, queue, zero_copy).map_err(|error| error.to_string())?;
+            let socket = match self.workers[owner].binder.bind(ifindex, queue, zero_copy) {
+                Ok(socket) => socket,
+                // A link may have been made with more queues than it uses now.
+                Err(error) if error.is_no_queue() && queue as usize >= self.workers.len() => break,
+                Err(error) => return Err(error.to_string()),
+            };
             program.set_socket(queue, &socket).map_err(|error| error.to_string())?;
             copy_modes.push(copy_mode_name(socket.copy_mode()).to_owned());
             sockets[owner].push(socket);

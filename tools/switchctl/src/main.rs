@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
-use vswitch_api::{Answer, Client, ClientError, FdbSpec, FdbTarget, Request, RouteSpec};
+use vswitch_api::{Answer, Client, ClientError, FdbSpec, FdbTarget, Request, RouteSpec, sentence};
 
 use crate::arguments::{
     Arguments, Command, FdbCommand, FlowCommand, Format, ListCommand, NetworkCommand, PeerCommand, PortCommand,
@@ -28,7 +28,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("switchctl: {error:#}");
+            eprintln!("switchctl: {}", sentence(error.as_ref()));
             let is_refusal = matches!(error.downcast_ref::<ClientError>(), Some(ClientError::Refused(_)));
             ExitCode::from(if is_refusal || error.is::<output::Missing>() { 1 } else { 2 })
         }

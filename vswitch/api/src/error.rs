@@ -38,3 +38,17 @@ impl ApiError {
         ApiError { code, message: message.into() }
     }
 }
+
+/// An error and its causes as one sentence; a cause that the sentence tells already is not told twice.
+pub fn sentence(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}

@@ -18,7 +18,7 @@ mod request;
 mod response;
 
 pub use client::{Client, ClientError};
-pub use error::{ApiError, ErrorCode};
+pub use error::{ApiError, ErrorCode, sentence};
 pub use request::{Attachment, FdbSpec, FdbTarget, NetworkMode, NetworkSpec, PeerSpec, PortSpec, Request, RouteSpec};
 pub use response::{
     Answer, DropInfo, FdbInfo, FlowInfo, IpamInfo, NeighborInfo, NetworkInfo, PeerInfo, PodRoute, PortInfo, PortStats,

@@ -79,11 +79,18 @@ pub enum BindError {
     },
 }
 
+impl BindError {
+    /// True if the link does not use a queue of that number.
+    pub fn is_no_queue(&self) -> bool {
+        matches!(self, BindError::Bind { source, .. } if source.raw_os_error() == Some(libc::EINVAL))
+    }
+}
+
 fn bind_remedy(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EBUSY) => "another program has an AF_XDP socket on that queue: stop it",
         Some(libc::EINVAL) => {
-            "the link has fewer queues than the switch has workers: make it with more, or lower `worker.count`"
+            "the link uses fewer queues than the switch has workers: give it more (`ethtool -L`), or lower worker.count"
         }
         Some(libc::ENODEV) => "the link is gone",
         _ => "see `ip -d link show` for the link's driver and state",
