@@ -92,10 +92,6 @@ impl PortIo for Queues {
             None => true,
         }
     }
-
-    fn rest(&mut self) {
-        self.0.iter_mut().for_each(XskSocket::rest);
-    }
 }
 
 impl WorkerHandle {

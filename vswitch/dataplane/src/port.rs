@@ -16,9 +16,6 @@ pub trait PortIo {
 
     /// Sends what is queued and takes sent frames back. True if nothing is under way any more.
     fn flush(&mut self, umem: &mut Umem) -> bool;
-
-    /// Told when the port has had nothing for a while.
-    fn rest(&mut self) {}
 }
 
 impl PortIo for XskSocket {
@@ -35,9 +32,5 @@ impl PortIo for XskSocket {
     #[inline]
     fn flush(&mut self, umem: &mut Umem) -> bool {
         XskSocket::flush(self, umem) && !self.is_sending()
-    }
-
-    fn rest(&mut self) {
-        XskSocket::rest(self);
     }
 }

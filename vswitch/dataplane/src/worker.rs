@@ -226,10 +226,7 @@ impl<P: PortIo> Worker<P> {
     /// Takes the port at `at` of the active list off it.
     fn park(&mut self, at: usize) {
         let (port, _) = self.active.swap_remove(at);
-        if let Some(Some(io)) = self.ports.io.get_mut(port.index()) {
-            io.rest();
-            self.idle.push(port);
-        }
+        self.idle.push(port);
     }
 
     /// The walk of one burst: parse all, look all up, decide about the misses, then one loop a verdict.

@@ -156,10 +156,6 @@ impl<T: Copy> Producer<T> {
     pub(crate) fn needs_wakeup(&self) -> bool {
         self.shared.needs_wakeup()
     }
-
-    pub(crate) fn size(&self) -> u32 {
-        self.shared.size
-    }
 }
 
 /// A ring that we empty: rx and completion.

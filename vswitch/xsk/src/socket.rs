@@ -12,6 +12,12 @@ use crate::umem::{Slot, Umem};
 /// Frames that a quiet socket keeps in its fill ring: a burst of 64 small packets, or three of 64 kB.
 const FILL_MIN: u32 = 64;
 
+/// Frames that a busy socket keeps there: 2,048 small packets or 120 of 64 kB may come before the worker's next look.
+const FILL_MAX: u32 = 2048;
+
+/// Bursts that found the fill ring nearly full until it is made half as deep.
+const EASY_BURSTS: u32 = 10_000;
+
 /// Calls of `sendto` in one turn for one socket. Each carries the kernel's budget; what is left waits a turn.
 const KICKS_A_TURN: u32 = 8;
 
@@ -82,6 +88,8 @@ pub struct XskSocket {
     /// Frames lent to the fill ring, those included that the kernel holds for a packet not yet complete.
     filled: u32,
     fill_target: u32,
+    /// Bursts in a row that a ring half as deep would have served.
+    easy_bursts: u32,
     /// Frames on their way, from `push` until completion.
     sending: u32,
     unsubmitted: bool,
@@ -115,6 +123,7 @@ impl XskSocket {
             completion,
             filled: 0,
             fill_target: FILL_MIN,
+            easy_bursts: 0,
             sending: 0,
             unsubmitted: false,
             partial: None,
@@ -196,19 +205,12 @@ impl XskSocket {
         }
         if frames > 0 {
             self.rx.release();
-            if frames * 2 > self.fill_target {
-                self.fill_target = (self.fill_target * 2).min(self.fill.size());
-            }
+            self.fit_depth(umem);
         }
         if self.filled < self.fill_target {
             self.refill(umem);
         }
         out.len() - before
-    }
-
-    /// Takes the depth of the fill ring back to that of a quiet port; frames already lent stay until used.
-    pub fn rest(&mut self) {
-        self.fill_target = FILL_MIN;
     }
 
     /// Queues a packet for [`flush`](Self::flush), with the request to complete a checksum if there is one.
@@ -297,6 +299,26 @@ impl XskSocket {
         (self.fd, Closing { slot: self.slot })
     }
 
+    /// Fits the depth of the fill ring to its use: doubled when the kernel had used up half of it since the last look, if
+    /// half of the umem is free (what deep rings hold must leave every other port its share); halved after many looks
+    /// that found it nearly full.
+    #[inline]
+    fn fit_depth(&mut self, umem: &Umem) {
+        let pending = self.fill.pending();
+        if pending * 2 < self.fill_target {
+            self.easy_bursts = 0;
+            if self.fill_target < FILL_MAX && umem.free_chunks() * 2 > umem.chunks() {
+                self.fill_target *= 2;
+            }
+        } else if pending * 8 > self.fill_target * 7 && self.fill_target > FILL_MIN {
+            self.easy_bursts += 1;
+            if self.easy_bursts == EASY_BURSTS {
+                self.easy_bursts = 0;
+                self.fill_target /= 2;
+            }
+        }
+    }
+
     fn has_room(&mut self, umem: &Umem, frames: u32) -> bool {
         if self.tx.free(frames) < frames {
             return false;
@@ -376,4 +398,4 @@ fn write_metadata(metadata: &mut [u8; TX_METADATA_BYTES], checksum: TxChecksum) 
     metadata[12..].fill(0);
 }
 
-const _: () = assert!(MAX_FRAMES as u32 <= FILL_MIN);
+const _: () = assert!(MAX_FRAMES as u32 <= FILL_MIN && FILL_MIN.is_power_of_two() && FILL_MAX.is_power_of_two());
