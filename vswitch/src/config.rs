@@ -92,7 +92,7 @@ impl Default for Worker {
             count: 1,
             cores: Vec::new(),
             poll: Poll::Adaptive,
-            idle_turns: 1000,
+            idle_turns: 200,
             umem_frames: 32_768,
             flow_entries: 131_072,
         }

@@ -7,7 +7,7 @@ use std::path::Path;
 use vswitch_api::{Answer, ApiError, Client, ClientError, ErrorCode, PortInfo, PortSpec, Request};
 use vswitch_net::{MacAddr, POD_LINK_MTU};
 
-use crate::{Kernel, LinkError, Netns, VethSpec};
+use crate::{Kernel, LinkError, Netns, VethSpec, features};
 
 /// Why a pod was not plugged in.
 #[derive(Debug, thiserror::Error)]
@@ -103,6 +103,7 @@ async fn configure(pod: &Kernel, netns: &Netns, ifname: &str, info: &PortInfo) -
     if info.addresses.iter().any(|address| address.addr().is_ipv6()) {
         enable_ipv6(netns, ifname)?;
     }
+    features::turn_off(netns, ifname).await?;
     pod.set_up(link.ifindex).await?;
     for &address in &info.addresses {
         pod.add_address(link.ifindex, address).await?;

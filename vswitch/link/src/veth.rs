@@ -32,9 +32,7 @@ pub struct VethSpec<'a> {
 impl Kernel {
     /// Makes a veth, its pod end in the pod's namespace, its end here up.
     ///
-    /// The end here gets no IPv6 address: it is the switch's, and the host's stack must not speak on it. The pod's end
-    /// segments its own TCP (`gso_max_segs` of 1), because a received frame does not tell the size it should be cut to;
-    /// local TCP has large segments by the link's MTU instead.
+    /// The end here gets no IPv6 address: it is the switch's, and the host's stack must not speak on it.
     ///
     /// # Errors
     ///
@@ -45,8 +43,7 @@ impl Kernel {
             .name(spec.pod)
             .mtu(spec.mtu)
             .address(spec.mac.0.to_vec())
-            .setns_by_fd(spec.netns.as_raw_fd())
-            .append_extra_attribute(LinkAttribute::GsoMaxSegs(1));
+            .setns_by_fd(spec.netns.as_raw_fd());
         let mut host = LinkMessageBuilder::<LinkVeth>::new(spec.host, spec.pod).mtu(spec.mtu);
         for attribute in queues {
             pod = pod.append_extra_attribute(attribute.clone());
