@@ -1,0 +1,285 @@
+//! `cargo xtask demo`: two nodes, four pods, real traffic, and a verdict a line.
+
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, bail};
+use serde_json::{Value, json};
+use xtask::lab::{self, Daemon, Lab, Namespace};
+
+/// Everything of the demo has this in its name.
+const PREFIX: &str = "vswdemo";
+
+const MEGABYTE: usize = 1 << 20;
+
+/// A line of the table.
+struct Line {
+    what: String,
+    is_ok: bool,
+    detail: String,
+}
+
+/// Two nodes and their pods.
+struct Demo {
+    lab: Lab,
+    daemons: Vec<Daemon>,
+    /// Pods and their addresses, two a node.
+    pods: Vec<(Namespace, Vec<String>)>,
+    lines: Vec<Line>,
+}
+
+/// Runs the demo. True if every line holds.
+pub(crate) fn run(keep: bool, as_json: bool) -> anyhow::Result<bool> {
+    if let Some(reason) = lab::missing_privilege() {
+        bail!("{reason}");
+    }
+    let mut demo = Demo::build()?;
+    demo.check_pings();
+    demo.check_tcp();
+    demo.check_http();
+    demo.check_underlay();
+    demo.check_switchctl();
+    let Demo { lab, mut daemons, pods, mut lines } = demo;
+    if keep {
+        print(&lines, as_json);
+        explain(&daemons, &pods);
+        lab.keep(&mut daemons)?;
+    } else {
+        lines.push(check_leftovers(lab, daemons));
+        print(&lines, as_json);
+    }
+    Ok(lines.iter().all(|line| line.is_ok))
+}
+
+/// Removes what `--keep` left.
+pub(crate) fn down() {
+    lab::remove(PREFIX, &std::env::temp_dir().join(format!("vswitch-{PREFIX}")));
+}
+
+impl Demo {
+    fn build() -> anyhow::Result<Demo> {
+        let mut lab = Lab::new(PREFIX)?;
+        let nodes = [lab.namespace("node1")?, lab.namespace("node2")?];
+        let addresses = [["192.0.2.1/24", "2001:db8::1/64"], ["192.0.2.2/24", "2001:db8::2/64"]];
+        lab.wire([(&nodes[0], "wire", &addresses[0]), (&nodes[1], "wire", &addresses[1])], 1500)?;
+        let conflist: Value =
+            serde_json::from_str(&fs::read_to_string(lab::workspace().join("config/10-vswitch.conflist"))?)?;
+        let mut daemons = Vec::new();
+        let mut pods = Vec::new();
+        for (at, node) in nodes.iter().enumerate() {
+            let daemon = lab.daemon(node, &format!("node{}", at + 1), &config(at + 1))?;
+            for name in ["a", "b"] {
+                let pod = lab.namespace(&format!("pod{}{name}", at + 1))?;
+                pod.ip("link set lo up")?;
+                let addresses = daemon.add_pod(&pod, &conflist)?;
+                pods.push((pod, addresses));
+            }
+            daemons.push(daemon);
+        }
+        for daemon in &daemons {
+            lab::wait_for(10, || daemon.ctl(&["status"]).is_ok_and(|status| status["peers_reachable"] == 1))
+                .context("the peers do not become reachable")?;
+        }
+        Ok(Demo { lab, daemons, pods, lines: Vec::new() })
+    }
+
+    /// The pod to test from, and the ones to test to: on its node, and on the other.
+    fn ends(&self) -> (Namespace, [(&'static str, usize); 2]) {
+        (self.pods[0].0.clone(), [("on one node", 1), ("across the wire", 2)])
+    }
+
+    fn check_pings(&mut self) {
+        let (from, targets) = self.ends();
+        for (place, at) in targets {
+            for (family, address) in [("IPv4", 0), ("IPv6", 1)] {
+                let address = self.pods[at].1.get(address).cloned().unwrap_or_default();
+                let is_ok = from.await_ping(&address).is_ok() && from.pings(&address, 20, 5);
+                self.line(format!("ping {family} {place}"), is_ok, format!("20 of 20 from {address}"));
+            }
+        }
+    }
+
+    fn check_tcp(&mut self) {
+        let (from, targets) = self.ends();
+        for (place, at) in targets {
+            let (pod, addresses) = self.pods[at].clone();
+            let served = self.lab.spawn(&pod, &["iperf3", "-s"]).is_ok() && is_listening(&pod, 5201);
+            for (way, more) in [("there", &[][..]), ("back", &["-R"][..])] {
+                let rate =
+                    if served { from.iperf3(&addresses[0], 2, more) } else { Err(anyhow::anyhow!("no iperf3 server")) };
+                self.measured(format!("TCP {place}, {way}"), rate.map(|bits| format!("{:.2} Gbit/s", bits / 1e9)));
+            }
+        }
+    }
+
+    fn check_http(&mut self) {
+        let (from, targets) = self.ends();
+        for (place, at) in targets {
+            let (pod, addresses) = self.pods[at].clone();
+            let result = fetch(&mut self.lab, &from, &pod, &addresses[0]);
+            self.measured(format!("HTTP {place}"), result);
+        }
+    }
+
+    fn check_underlay(&mut self) {
+        let (one, two) = (self.daemons[0].node.clone(), self.daemons[1].node.clone());
+        let is_ok = one.pings("192.0.2.2", 20, 5) && one.pings("2001:db8::2", 20, 5);
+        self.line("node to node, not VXLAN: ping", is_ok, "20 of 20, IPv4 and IPv6");
+        let rate = match self.lab.spawn(&two, &["iperf3", "-s"]) {
+            Ok(()) if is_listening(&two, 5201) => one.iperf3("192.0.2.2", 1, &[]),
+            _ => Err(anyhow::anyhow!("no iperf3 server")),
+        };
+        self.measured("node to node, not VXLAN: TCP", rate.map(|bits| format!("{:.2} Gbit/s", bits / 1e9)));
+    }
+
+    fn check_switchctl(&mut self) {
+        for at in 0..self.daemons.len() {
+            let node = format!("node{}", at + 1);
+            let daemon = &self.daemons[at];
+            let status = daemon.ctl(&["status"]).unwrap_or_default();
+            let stats = daemon.ctl(&["stats"]).unwrap_or_default();
+            let flows = daemon.ctl(&["flow", "list"]).unwrap_or_default();
+            let uplink = &status["uplink"];
+            let detail = format!(
+                "{} ports, uplink xdp {} {}, {} of {} peers reachable, {} MiB",
+                status["ports"],
+                uplink["xdp_mode"].as_str().unwrap_or("-"),
+                uplink["copy_modes"][0].as_str().unwrap_or("-"),
+                status["peers_reachable"],
+                status["peers"],
+                status["memory_bytes"].as_u64().unwrap_or(0) >> 20
+            );
+            let is_ok = status["ports"] == 2 && status["peers_reachable"] == 1;
+            let detail_stats = format!(
+                "rx {} = tx {} + drops {} - copies {}; {} recent flows",
+                stats["rx_packets"],
+                stats["tx_packets"],
+                stats["drops"],
+                stats["copies"],
+                flows["flows"].as_array().map_or(0, Vec::len)
+            );
+            let is_balanced =
+                stats["is_balanced"] == true && stats["rx_packets"].as_u64().is_some_and(|packets| packets > 0);
+            let has_flows = flows["flows"].as_array().is_some_and(|flows| !flows.is_empty());
+            self.line(format!("switchctl status, {node}"), is_ok, detail);
+            self.line(format!("switchctl stats, {node}"), is_balanced && has_flows, detail_stats);
+        }
+    }
+
+    fn line(&mut self, what: impl Into<String>, is_ok: bool, detail: impl Into<String>) {
+        self.lines.push(Line { what: what.into(), is_ok, detail: detail.into() });
+    }
+
+    fn measured(&mut self, what: impl Into<String>, result: anyhow::Result<String>) {
+        let is_ok = result.is_ok();
+        self.line(what, is_ok, result.unwrap_or_else(|error| format!("{error:#}")));
+    }
+}
+
+fn config(node: usize) -> String {
+    let other = 3 - node;
+    format!(
+        r#"
+[worker]
+cores = [{core}]
+umem_frames = 16384
+
+[uplink]
+link = "wire"
+
+[[network]]
+name = "pods"
+vni = 1
+ranges = ["10.244.{node}.0/24", "fd00:10:244:{node}::/64"]
+
+[[peer]]
+name = "node{other}"
+vtep = "192.0.2.{other}"
+
+[[route]]
+network = "pods"
+prefix = "10.244.{other}.0/24"
+peer = "node{other}"
+
+[[route]]
+network = "pods"
+prefix = "fd00:10:244:{other}::/64"
+peer = "node{other}"
+"#,
+        core = (node - 1) % std::thread::available_parallelism().map_or(1, usize::from)
+    )
+}
+
+/// A megabyte from a server in a pod, compared byte by byte.
+fn fetch(lab: &mut Lab, from: &Namespace, pod: &Namespace, address: &str) -> anyhow::Result<String> {
+    let home = lab.directory().join(format!("www-{}", pod.name));
+    fs::create_dir_all(&home)?;
+    let bytes: Vec<u8> = (0..MEGABYTE).map(|at| (at * 7 + at / 251) as u8).collect();
+    fs::write(home.join("file"), &bytes)?;
+    lab.spawn(pod, &["busybox", "httpd", "-f", "-p", "8080", "-h", &home.to_string_lossy()])?;
+    if !is_listening(pod, 8080) {
+        bail!("no HTTP server in {}", pod.name);
+    }
+    let got = home.join("got");
+    let (url, path) = (format!("http://{address}:8080/file"), got.to_string_lossy());
+    from.run(20, &["busybox", "wget", "-q", "-O", &path, &url])?;
+    let got = fs::read(&got)?;
+    if got != bytes {
+        bail!("{} bytes came, and they are not the ones that were sent", got.len());
+    }
+    Ok(format!("{MEGABYTE} bytes, all as sent"))
+}
+
+fn is_listening(namespace: &Namespace, port: u16) -> bool {
+    let wanted = format!(":{port}");
+    let listening = || namespace.run(5, &["ss", "-Hltn"]).is_ok_and(|text| text.contains(&wanted));
+    lab::wait_for(5, listening).is_ok()
+}
+
+/// Takes everything down, and looks for what stayed.
+fn check_leftovers(lab: Lab, mut daemons: Vec<Daemon>) -> Line {
+    let nodes: Vec<Namespace> = daemons.iter().map(|daemon| daemon.node.clone()).collect();
+    let is_clean_exit = daemons.iter_mut().map(Daemon::stop).fold(true, |all, one| all & one);
+    let programs: usize = nodes
+        .iter()
+        .map(|node| node.run(5, &["ip", "-d", "link", "show"]).map_or(1, |text| text.matches("prog/xdp").count()))
+        .sum();
+    drop(daemons);
+    drop(lab);
+    let list = Command::new("ip").args(["netns", "list"]).output().map(|output| output.stdout).unwrap_or_default();
+    let namespaces = String::from_utf8_lossy(&list).lines().filter(|line| line.starts_with(PREFIX)).count();
+    let is_ok = is_clean_exit && programs == 0 && namespaces == 0;
+    let detail =
+        format!("daemons ended well: {is_clean_exit}; {programs} XDP programs and {namespaces} namespaces left");
+    Line { what: "nothing left behind".to_owned(), is_ok, detail }
+}
+
+fn print(lines: &[Line], as_json: bool) {
+    if as_json {
+        let lines: Vec<Value> =
+            lines.iter().map(|line| json!({"what": line.what, "ok": line.is_ok, "detail": line.detail})).collect();
+        println!("{}", json!({ "lines": lines }));
+        return;
+    }
+    let width = lines.iter().map(|line| line.what.len()).max().unwrap_or(0);
+    for Line { what, is_ok, detail } in lines {
+        println!("{}  {what:width$}  {detail}", if *is_ok { "ok  " } else { "FAIL" });
+    }
+}
+
+fn explain(daemons: &[Daemon], pods: &[(Namespace, Vec<String>)]) {
+    println!("\nThe demo stays up. `cargo xtask demo --down` removes it.");
+    let binaries = lab::binaries();
+    for daemon in daemons {
+        println!(
+            "  {}: nsenter --net={} {}/switchctl --socket {} status",
+            daemon.node.name,
+            daemon.node.path(),
+            binaries.display(),
+            daemon.socket.display()
+        );
+    }
+    for (pod, addresses) in pods {
+        println!("  {}: {}; ip netns exec {} bash", pod.name, addresses.join(" "), pod.name);
+    }
+}
