@@ -129,9 +129,12 @@ impl Desired {
 
     /// What must survive a restart: what requests made, and not what the configuration file says anyway.
     pub(crate) fn state(&self, boot_id: &str) -> State {
+        // In the order of making, which decides where ports go that name no network.
+        let mut networks: Vec<&NetworkEntry> = self.networks.values().collect();
+        networks.sort_by_key(|entry| entry.index);
         State {
             boot_id: boot_id.to_owned(),
-            networks: values(self.networks.values(), |entry| (!entry.is_configured).then(|| entry.spec.clone())),
+            networks: values(networks.into_iter(), |entry| (!entry.is_configured).then(|| entry.spec.clone())),
             peers: values(self.peers.values(), |entry| (!entry.is_configured).then(|| entry.spec.clone())),
             routes: values(self.routes.iter(), |((network, prefix), entry)| {
                 (!entry.is_configured).then(|| vswitch_api::RouteSpec {

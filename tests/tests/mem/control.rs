@@ -1,0 +1,219 @@
+//! Requests: carried out whole, or refused with a sentence and nothing changed.
+
+use serde_json::json;
+use vswitch_api::{Answer, ErrorCode, Request};
+use vswitch_control::Control;
+use vswitch_tests::mem::Switch;
+
+use super::mac;
+use super::routed::two_pods;
+
+/// A switch with something of everything.
+fn furnished() -> Switch {
+    let (mut switch, ..) = two_pods();
+    for request in [
+        r#"{"op":"network_add","name":"lan","vni":9,"mode":"bridged","subnets":["10.9.0.0/16"],"ranges":["10.9.1.0/24"]}"#,
+        r#"{"op":"peer_add","name":"node2","vtep":"192.0.2.2"}"#,
+        r#"{"op":"route_add","network":"pods","prefix":"10.2.0.0/24","peer":"node2"}"#,
+        r#"{"op":"fdb_add","network":"lan","mac":"02:00:00:00:00:aa","at":{"peer":"node2"}}"#,
+    ] {
+        switch.ask_json(request).expect("carried out");
+    }
+    switch
+}
+
+/// Everything that can be listed.
+fn inventory(switch: &mut Switch) -> serde_json::Value {
+    let lists = ["port_list", "network_list", "peer_list", "fdb_list", "route_list", "neighbor_list", "status"];
+    let mut all = serde_json::Map::new();
+    for list in lists {
+        let answer = switch.ask_json(&format!(r#"{{"op":"{list}"}}"#)).expect("a list");
+        all.insert(list.to_owned(), json!(answer));
+    }
+    all.into()
+}
+
+#[test]
+fn refused_requests_change_nothing_and_say_why() {
+    let mut switch = furnished();
+    switch.backend.broken = vec!["broken".to_owned()];
+    let before = inventory(&mut switch);
+    let cases = [
+        (r#"{"op":"network_add","name":"pods","vni":8}"#, ErrorCode::Conflict, "network \"pods\" exists"),
+        (r#"{"op":"network_add","name":"x","vni":7}"#, ErrorCode::Conflict, "vni 7 belongs to network \"pods\""),
+        (r#"{"op":"network_add","name":"a b","vni":8}"#, ErrorCode::Invalid, "\"a b\" is no name for a network"),
+        (
+            r#"{"op":"network_add","name":"x","vni":8,"ranges":["10.0.0.1/24"]}"#,
+            ErrorCode::Invalid,
+            "ranges: 10.0.0.1/24 has bits set after its length: write 10.0.0.0/24",
+        ),
+        (
+            r#"{"op":"network_add","name":"x","vni":8,"ranges":["10.0.0.0/24","10.0.0.128/25"]}"#,
+            ErrorCode::Invalid,
+            "overlap",
+        ),
+        (
+            r#"{"op":"network_add","name":"x","vni":8,"subnets":["10.0.0.0/24"],"ranges":["10.0.1.0/24"]}"#,
+            ErrorCode::Invalid,
+            "lies in none of the network's subnets",
+        ),
+        (
+            r#"{"op":"network_add","name":"x","vni":8,"gateway_v4":"10.0.0.1"}"#,
+            ErrorCode::Invalid,
+            "for bridged networks",
+        ),
+        (r#"{"op":"network_del","name":"pods"}"#, ErrorCode::Conflict, "has 2 ports"),
+        (r#"{"op":"network_del","name":"nope"}"#, ErrorCode::NotFound, "no network \"nope\""),
+        (r#"{"op":"peer_add","name":"node2","vtep":"192.0.2.9"}"#, ErrorCode::Conflict, "exists"),
+        (r#"{"op":"peer_add","name":"x","vtep":"192.0.2.2"}"#, ErrorCode::Conflict, "belongs to peer \"node2\""),
+        (r#"{"op":"peer_add","name":"x","vtep":"224.0.0.1"}"#, ErrorCode::Invalid, "vtep: 224.0.0.1 is not allowed"),
+        (
+            r#"{"op":"peer_add","name":"x","vtep":"192.0.2.3","router_mac":"ff:ff:ff:ff:ff:ff"}"#,
+            ErrorCode::Invalid,
+            "router_mac",
+        ),
+        (
+            r#"{"op":"peer_add","name":"x","vtep":"192.0.2.3","networks":["nope"]}"#,
+            ErrorCode::NotFound,
+            "no network \"nope\"",
+        ),
+        (r#"{"op":"peer_del","name":"nope"}"#, ErrorCode::NotFound, "no peer \"nope\""),
+        (
+            r#"{"op":"route_add","network":"lan","prefix":"10.3.0.0/24","peer":"node2"}"#,
+            ErrorCode::Invalid,
+            "is bridged and has no routes",
+        ),
+        (
+            r#"{"op":"route_add","network":"pods","prefix":"10.1.0.0/25","peer":"node2"}"#,
+            ErrorCode::Conflict,
+            "overlaps this node's own range",
+        ),
+        (
+            r#"{"op":"route_add","network":"pods","prefix":"10.2.0.0/24","peer":"node2"}"#,
+            ErrorCode::Conflict,
+            "leads to peer \"node2\" already",
+        ),
+        (r#"{"op":"route_add","network":"pods","prefix":"10.3.0.0/24","peer":"nope"}"#, ErrorCode::NotFound, "no peer"),
+        (r#"{"op":"route_del","network":"pods","prefix":"10.3.0.0/24"}"#, ErrorCode::NotFound, "no route 10.3.0.0/24"),
+        (
+            r#"{"op":"fdb_add","network":"pods","mac":"02:00:00:00:00:bb","at":{"peer":"node2"}}"#,
+            ErrorCode::Invalid,
+            "is routed and has no stations",
+        ),
+        (
+            r#"{"op":"fdb_add","network":"lan","mac":"02:00:00:00:00:aa","at":{"peer":"node2"}}"#,
+            ErrorCode::Conflict,
+            "static station",
+        ),
+        (
+            r#"{"op":"fdb_add","network":"lan","mac":"02:00:00:00:00:bb","at":{"port":"one"}}"#,
+            ErrorCode::Invalid,
+            "is not in network \"lan\"",
+        ),
+        (r#"{"op":"fdb_del","network":"lan","mac":"02:00:00:00:00:bb"}"#, ErrorCode::NotFound, "no station"),
+        (r#"{"op":"port_add","link":"one","mac":"02:00:00:00:00:07"}"#, ErrorCode::Conflict, "plugged in already"),
+        (
+            r#"{"op":"port_add","link":"x","mac":"02:00:00:00:00:01"}"#,
+            ErrorCode::Conflict,
+            "mac 02:00:00:00:00:01 belongs to the port of link one",
+        ),
+        (r#"{"op":"port_add","link":"x","mac":"03:00:00:00:00:01"}"#, ErrorCode::Invalid, "no station's address"),
+        (
+            r#"{"op":"port_add","link":"x","mac":"02:00:00:00:00:07","addresses":["10.1.0.1"]}"#,
+            ErrorCode::Conflict,
+            "belongs to the port of link one",
+        ),
+        (
+            r#"{"op":"port_add","link":"x","mac":"02:00:00:00:00:07","addresses":["127.0.0.1"]}"#,
+            ErrorCode::Invalid,
+            "ips: 127.0.0.1",
+        ),
+        (
+            r#"{"op":"port_add","link":"x","mac":"02:00:00:00:00:07","network":"lan","addresses":["10.8.0.1"]}"#,
+            ErrorCode::Invalid,
+            "in none of the subnets",
+        ),
+        (
+            r#"{"op":"port_add","link":"x","mac":"02:00:00:00:00:07","mtu":100}"#,
+            ErrorCode::Invalid,
+            "mtu: 100 is not allowed; allowed are 1280 to 65000",
+        ),
+        (r#"{"op":"port_add","link":"broken","mac":"02:00:00:00:00:07"}"#, ErrorCode::System, "no link broken"),
+        (
+            r#"{"op":"port_add","link":"x","mac":"02:00:00:00:00:07","network":"nope"}"#,
+            ErrorCode::NotFound,
+            "no network \"nope\"",
+        ),
+    ];
+    for (request, code, words) in cases {
+        let error = switch.ask_json(request).expect_err(request);
+        assert_eq!(error.code, code, "{request}");
+        assert!(error.message.contains(words), "{request}: {}", error.message);
+        assert!(!error.message.contains('\n'));
+        assert_eq!(inventory(&mut switch), before, "{request} changed something");
+    }
+}
+
+#[test]
+fn addresses_run_out_and_come_back() {
+    let mut switch = Switch::new();
+    switch.ask_json(r#"{"op":"network_add","name":"small","vni":1,"ranges":["10.1.0.0/30"]}"#).expect("a network");
+    let first = switch.add_port("a", "small", mac(1), &[]);
+    switch.add_port("b", "small", mac(2), &[]);
+    let third = r#"{"op":"port_add","link":"c","mac":"02:00:00:00:00:03"}"#;
+    let error = switch.ask_json(third).expect_err("none left");
+    assert_eq!(error.code, ErrorCode::Exhausted);
+    switch.ask_json(r#"{"op":"port_del","link":"a"}"#).expect("done");
+    let Answer::Port(info) = switch.ask_json(third).expect("one is free again") else { panic!() };
+    assert_eq!(info.addresses, first.addresses);
+}
+
+#[test]
+fn gc_removes_what_one_owner_no_longer_uses() {
+    let mut switch = furnished();
+    for (container, owner) in [("c1", "net"), ("c2", "net"), ("c3", "other")] {
+        let number = container.as_bytes()[1];
+        let request = json!({"op": "port_add", "link": container, "mac": mac(number), "owner": owner,
+            "attachment": {"container_id": container, "ifname": "eth0"}});
+        switch.ask_json(&request.to_string()).expect("carried out");
+    }
+    let gc = |valid: serde_json::Value| json!({"op": "port_gc", "owner": "net", "valid": valid}).to_string();
+    let gone = |answer: Answer| match answer {
+        Answer::Ports { ports } => ports.into_iter().map(|port| port.link).collect::<Vec<_>>(),
+        other => panic!("{other:?}"),
+    };
+    let valid = json!([{"container_id": "c1", "ifname": "eth0"}, {"container_id": "c2", "ifname": "eth1"}]);
+    assert_eq!(gone(switch.ask_json(&gc(valid)).expect("done")), ["c2"]);
+    assert_eq!(gone(switch.ask_json(&gc(json!([]))).expect("done")), ["c1"]);
+    let Answer::Ports { ports } = switch.ask(Request::PortList { link: None }) else { panic!() };
+    assert_eq!(ports.iter().map(|port| port.link.as_str()).collect::<Vec<_>>(), ["one", "two", "c3"]);
+}
+
+#[test]
+fn a_restart_takes_everything_over() {
+    let mut switch = furnished();
+    let before = inventory(&mut switch);
+    let state = serde_json::to_string(&switch.control.state("boot")).expect("JSON");
+    let mut again = Switch::new();
+    let lost = again.control.restore(serde_json::from_str(&state).expect("a state"), &mut again.backend);
+    assert_eq!(lost, Vec::<String>::new());
+    let after = inventory(&mut again);
+    for list in ["port_list", "network_list", "peer_list", "fdb_list", "route_list"] {
+        assert_eq!(after[list], before[list]);
+    }
+    // A link that is gone costs its port, and nothing else.
+    let mut third = Switch::new();
+    third.backend.broken = vec!["one".to_owned()];
+    let lost = third.control.restore(serde_json::from_str(&state).expect("a state"), &mut third.backend);
+    assert_eq!(lost, ["port of link one: no link one"]);
+    assert_eq!(third.control.links().count(), 1);
+}
+
+#[test]
+fn what_the_configuration_made_is_not_state() {
+    let mut control = Control::new(Default::default());
+    let mut backend = Switch::new().backend;
+    let network = serde_json::from_str(r#"{"op":"network_add","name":"pods","vni":7}"#).expect("a request");
+    control.configure(network, &mut backend).expect("carried out");
+    assert!(control.state("boot").networks.is_empty());
+}

@@ -1,0 +1,19 @@
+//! Whole switches in memory: no privilege, no clock, no thread. After every step all counters are compared.
+
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod bad_input;
+mod bridged;
+mod control;
+mod floors;
+mod oracle;
+mod routed;
+mod tcp;
+mod vxlan;
+
+use vswitch_net::MacAddr;
+
+/// The MAC of station `number`.
+fn mac(number: u8) -> MacAddr {
+    MacAddr([2, 0, 0, 0, 0, number])
+}
