@@ -19,13 +19,12 @@ type Nodes = (Twin, [Vec<PortInfo>; 2]);
 ///
 /// smoltcp takes no ARP answer from a gateway outside its prefix, so its IPv4 is tried bridged and its IPv6 routed.
 fn exchange((mut twin, ports): Nodes) -> Twin {
-    for at in 0..2 {
-        twin.pods[at] = ports[at].iter().map(|info| Pod::new(info, 1400)).collect();
+    for (pods, infos) in twin.pods.iter_mut().zip(&ports) {
+        *pods = infos.iter().map(|info| Pod::new(info, 1400)).collect();
     }
-    for number in 0..2 {
+    for (number, info) in ports[1].iter().enumerate() {
         twin.pods[1][number].listen(80);
-        let to = ports[1][number].addresses.last().expect("an address").addr();
-        twin.pods[0][number].connect(to, 80);
+        twin.pods[0][number].connect(info.addresses.last().expect("an address").addr(), 80);
     }
     let (mut sent, mut received) = ([0; 2], [0; 2]);
     twin.until(120_000, |twin| {

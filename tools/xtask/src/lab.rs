@@ -176,6 +176,11 @@ impl Lab {
         Ok(())
     }
 
+    /// How many of the processes it spawned still run.
+    pub fn running(&mut self) -> usize {
+        self.processes.iter_mut().filter_map(|child| child.try_wait().ok()).filter(Option::is_none).count()
+    }
+
     /// Leaves everything up; [`remove`] with the same prefix takes it down. The processes' pids are noted for that.
     ///
     /// # Errors

@@ -18,6 +18,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("iproute2", "namespaces and links of demo and tests"),
     ("iputils-ping", "ping"),
     ("iperf3", "TCP throughput"),
+    ("ethtool", "offloads of the links of Open vSwitch, which cannot take them"),
     ("tcpdump", "captures in tests"),
     ("busybox-static", "a small HTTP server and client, and the container image"),
     ("containernetworking-plugins", "host-local, the delegated IPAM plugin of the tests"),

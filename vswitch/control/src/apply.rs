@@ -8,15 +8,12 @@ use vswitch_api::{
     RouteSpec,
 };
 use vswitch_dataplane::{Location, table::route};
-use vswitch_net::{MacAddr, NetworkIndex, POD_LINK_MTU, PortId};
+use vswitch_net::{MacAddr, NetworkIndex, POD_LINK_MTU, POD_LINK_MTU_MIN, PortId};
 
 use crate::backend::Backend;
 use crate::desired::{NetworkEntry, PeerEntry, PortEntry, RouteEntry, StationEntry, not_found};
 use crate::state::PortRecord;
 use crate::{Control, Dirty, ipam};
-
-/// Smallest MTU of a pod's link: what IPv6 needs (RFC 8200 section 5).
-const MIN_MTU: u32 = 1280;
 
 type Applied = Result<Answer, ApiError>;
 
@@ -278,8 +275,8 @@ impl Control {
             }
         }
         match spec.mtu {
-            Some(mtu) if !(MIN_MTU..=POD_LINK_MTU).contains(&mtu) => {
-                Err(invalid(format!("mtu: {mtu} is not allowed; allowed are {MIN_MTU} to {POD_LINK_MTU}")))
+            Some(mtu) if !(POD_LINK_MTU_MIN..=POD_LINK_MTU).contains(&mtu) => {
+                Err(invalid(format!("mtu: {mtu} is not allowed; allowed are {POD_LINK_MTU_MIN} to {POD_LINK_MTU}")))
             }
             _ => Ok(()),
         }

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use vswitch_api::{Answer, ApiError, Client, ClientError, ErrorCode, PortInfo, PortSpec, Request};
-use vswitch_net::{MacAddr, POD_LINK_MTU};
+use vswitch_net::{MacAddr, POD_LINK_MTU, POD_LINK_MTU_MIN};
 
 use crate::{Kernel, LinkError, Netns, VethSpec, features};
 
@@ -21,6 +21,9 @@ pub enum PlugError {
     /// The pod has such an interface already.
     #[error("the namespace has an interface \"{0}\" already: delete it, or choose another name")]
     Exists(String),
+    /// The kernel would refuse it without saying why.
+    #[error("mtu: {0} is not allowed; allowed are {POD_LINK_MTU_MIN} to {POD_LINK_MTU}")]
+    Mtu(u32),
     /// The path is the host's own namespace.
     #[error("{0} is the host's own network namespace: name the pod's")]
     OwnNamespace(String),
@@ -53,6 +56,10 @@ pub fn pod_mac(container_id: &str, ifname: &str) -> MacAddr {
 ///
 /// Each tells what to do; nothing is left behind.
 pub async fn plug(client: &mut Client, plug: &Plug<'_>) -> Result<PortInfo, PlugError> {
+    let mtu = plug.port.mtu.unwrap_or(POD_LINK_MTU);
+    if !(POD_LINK_MTU_MIN..=POD_LINK_MTU).contains(&mtu) {
+        return Err(PlugError::Mtu(mtu));
+    }
     let netns = Netns::open(plug.netns)?;
     if netns.is_current() {
         return Err(PlugError::OwnNamespace(plug.netns.display().to_string()));
@@ -66,14 +73,7 @@ pub async fn plug(client: &mut Client, plug: &Plug<'_>) -> Result<PortInfo, Plug
         other => return Err(unexpected(&other)),
     };
     let port = &plug.port;
-    let veth = VethSpec {
-        host: &port.link,
-        pod: plug.ifname,
-        netns: &netns,
-        mac: port.mac,
-        mtu: port.mtu.unwrap_or(POD_LINK_MTU),
-        queues,
-    };
+    let veth = VethSpec { host: &port.link, pod: plug.ifname, netns: &netns, mac: port.mac, mtu, queues };
     host.create_veth(&veth).await?;
     let result = async {
         let info = match client.call(Request::PortAdd(port.clone()))? {

@@ -16,6 +16,9 @@ pub use mac::{MacAddr, MacParseError};
 /// A frame of this size and its Ethernet header fill 17 chunks of 3,840 usable bytes; the kernel takes at most 18.
 pub const POD_LINK_MTU: u32 = 65_000;
 
+/// The smallest MTU of a pod's link: what IPv6 needs (RFC 8200 section 5).
+pub const POD_LINK_MTU_MIN: u32 = 1280;
+
 /// Bytes that VXLAN over IPv4 adds to an IP packet: inner Ethernet 14, VXLAN 8, UDP 8, IPv4 20 (RFC 7348 section 5).
 pub const VXLAN_OVERHEAD_V4: u32 = 50;
 

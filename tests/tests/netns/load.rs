@@ -1,0 +1,107 @@
+//! Many ports, and more packets than can be forwarded.
+
+use std::time::Instant;
+
+use xtask::lab;
+
+use crate::{ALONE, assert_balanced, bench, node_with_pods};
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "the issue asks for the time; no assertion but a generous bound")]
+fn two_hundred_and_fifty_ports() {
+    const PORTS: usize = 250;
+    let Some(mut bench) = bench("250") else { return };
+    let (daemon, _) = node_with_pods(&mut bench, &ALONE.replace("10.244.1.0/24", "10.244.0.0/22"), 0);
+    let empty = daemon.memory();
+    let pods: Vec<_> = (0..PORTS).map(|number| bench.lab.namespace(&format!("p{number}")).unwrap()).collect();
+    let start = Instant::now();
+    let conflist = crate::conflist();
+    let addresses: Vec<_> = pods.iter().map(|pod| daemon.add_pod(pod, &conflist).unwrap()).collect();
+    let seconds = start.elapsed().as_secs_f64();
+    let memory = daemon.memory();
+    println!(
+        "{PORTS} ports added in {seconds:.1} s; daemon {} MiB resident, {} MiB before the first ({} KiB a port)",
+        memory >> 20,
+        empty >> 20,
+        (memory.saturating_sub(empty) >> 10) / PORTS as u64
+    );
+    assert!(seconds < 30.0, "{seconds} s");
+    for (at, pod) in pods.iter().enumerate() {
+        let to = &addresses[(at + 97) % PORTS][0];
+        assert!(pod.pings(to, 1, 3), "{} to {to}", pod.name);
+    }
+    assert_balanced(&daemon);
+}
+
+#[test]
+fn after_ten_times_its_capacity_the_next_ping_answers() {
+    let Some(mut bench) = bench("over") else { return };
+    let (daemon, pods) = node_with_pods(&mut bench, ALONE, 6);
+    let pktgen = lab::binaries().join("pktgen");
+    let pktgen = pktgen.to_string_lossy();
+    // Five pods flood the sixth, each as fast as it can, with 64-byte packets and many flows.
+    let target = &pods[5].1[0];
+    for (pod, addresses) in &pods[..5] {
+        let mac = mac_of(pod).unwrap();
+        let command = [
+            &*pktgen,
+            "send",
+            "--link",
+            "eth0",
+            "--source-mac",
+            &mac,
+            "--source",
+            &addresses[0],
+            "--destination",
+            target,
+            "--flows",
+            "1000",
+            "--seconds",
+            "5",
+        ];
+        bench.lab.spawn(pod, &command).unwrap();
+    }
+    let before = daemon.ctl(&["stats"]).unwrap();
+    lab::wait_for(30, || bench.lab.running() == 0).unwrap();
+    let after = daemon.ctl(&["stats"]).unwrap();
+    let lost: u64 = after["ports"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|port| port["sockets"].as_array().unwrap())
+        .map(|socket| socket["rx_dropped"].as_u64().unwrap() + socket["rx_ring_full"].as_u64().unwrap())
+        .sum();
+    let forwarded = after["tx_packets"].as_u64().unwrap() - before["tx_packets"].as_u64().unwrap();
+    println!("forwarded {forwarded}, dropped {}, lost before the switch {lost}", after["drops"]);
+    assert!(forwarded > 100_000, "{forwarded}");
+    assert!(lost + after["drops"].as_u64().unwrap() > forwarded / 10, "it was no overload");
+    for (pod, _) in &pods[..5] {
+        assert!(pod.pings(target, 1, 2), "{} after the flood", pod.name);
+    }
+    for (_, addresses) in &pods[..5] {
+        assert!(pods[5].0.pings(&addresses[0], 1, 2), "the flooded pod to {}", addresses[0]);
+    }
+    assert_balanced(&daemon);
+}
+
+fn mac_of(pod: &lab::Namespace) -> anyhow::Result<String> {
+    let links: serde_json::Value = serde_json::from_str(&pod.run(5, &["ip", "-j", "link", "show", "eth0"])?)?;
+    Ok(links[0]["address"].as_str().unwrap_or_default().to_owned())
+}
+
+#[test]
+fn two_workers_share_the_work() {
+    let Some(mut bench) = bench("two") else { return };
+    let config = format!("[worker]\ncount = 2\numem_frames = 8192\n{ALONE}");
+    let (daemon, pods) = node_with_pods(&mut bench, &config, 2);
+    let queues = pods[0].0.run(5, &["ip", "-d", "link", "show", "eth0"]).unwrap();
+    assert!(queues.contains("numtxqueues 2"), "{queues}");
+    crate::serve_iperf3(&mut bench.lab, &pods[1].0);
+    let rate = pods[0].0.iperf3(&pods[1].1[0], 2, &["-P", "8"]).unwrap();
+    println!("TCP over two workers, 8 streams: {:.1} Gbit/s", rate / 1e9);
+    let workers = daemon.ctl(&["status"]).unwrap()["workers"].clone();
+    for worker in workers.as_array().unwrap() {
+        assert!(worker["flow_hits"].as_u64().unwrap() > 1000, "{workers}");
+    }
+    assert_balanced(&daemon);
+}
