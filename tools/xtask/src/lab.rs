@@ -150,6 +150,7 @@ impl Lab {
         fs::create_dir_all(&runtime)?;
         let file = self.directory.join(format!("{name}.toml"));
         fs::write(&file, format!("[daemon]\nruntime_dir = \"{}\"\n{config}", runtime.display()))?;
+        let _ = fs::remove_file(self.directory.join(format!("{name}.log")));
         let mut daemon = Daemon {
             node: node.clone(),
             socket: runtime.join("vswitchd.sock"),

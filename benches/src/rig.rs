@@ -1,0 +1,207 @@
+//! A worker with two ports and an uplink over memory, driven in bursts of 64.
+//!
+//! A port gives frames that hold copies of prepared packets, and takes frames back at once. What that alone costs is the
+//! bench `io`; subtract it to see the pipeline.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use vswitch_dataplane::table::route::NextHop;
+use vswitch_dataplane::vxlan::OuterHeader;
+use vswitch_dataplane::{
+    Access, BURST, Gateway, Network, NetworkMode, Peer, Port, PortIo, PortKind, Reach, Snapshot, Underlay, Uplink,
+    Worker, WorkerConfig,
+};
+use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, MacAddr, NetworkIndex, PeerIndex, PortId, Vni, checksum};
+use vswitch_xsk::{Packet, TxChecksum, Umem};
+
+const UPLINK: PortId = PortId(0);
+const POD: PortId = PortId(1);
+const OTHER_POD: PortId = PortId(2);
+const NETWORK: NetworkIndex = NetworkIndex(0);
+const MACS: [MacAddr; 3] = [MacAddr([2, 0, 0, 0, 0, 0]), MacAddr([2, 0, 0, 0, 0, 1]), MacAddr([2, 0, 0, 0, 0, 2])];
+
+/// The way of the packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From pod to pod, routed.
+    Local,
+    /// From a pod to the wire, routed and encapsulated.
+    Encap,
+    /// From the wire to a pod, decapsulated and routed.
+    Decap,
+}
+
+/// A worker to drive.
+#[derive(Debug)]
+pub struct Rig {
+    worker: Worker<Memory>,
+    snapshot: Snapshot,
+    now_ns: u64,
+}
+
+/// A port that repeats prepared packets and swallows what it is sent.
+#[derive(Debug, Default)]
+struct Memory {
+    packets: Vec<Vec<u8>>,
+    next: usize,
+    sent: u64,
+}
+
+impl PortIo for Memory {
+    fn rx_burst(&mut self, umem: &mut Umem, out: &mut Vec<Packet>, max: usize) -> usize {
+        if self.packets.is_empty() {
+            return 0;
+        }
+        let mut count = 0;
+        while count < max
+            && let Some(packet) = umem.packet_from(&self.packets[self.next])
+        {
+            self.next = (self.next + 1) % self.packets.len();
+            out.push(packet);
+            count += 1;
+        }
+        count
+    }
+
+    fn tx_push(&mut self, umem: &mut Umem, packet: Packet, _: Option<TxChecksum>) -> Result<(), Packet> {
+        umem.free_packet(packet);
+        self.sent += 1;
+        Ok(())
+    }
+
+    fn flush(&mut self, _: &mut Umem) -> bool {
+        true
+    }
+}
+
+impl Rig {
+    /// Packets a turn.
+    pub const BURST: u64 = BURST as u64;
+
+    /// A rig for `flows` flows of 64-byte packets, warm.
+    ///
+    /// # Panics
+    ///
+    /// If the packets do not all come out at the other end.
+    pub fn new(way: Way, flows: usize) -> Rig {
+        let umem = Umem::new(1024).expect("memory");
+        let config = WorkerConfig { flow_entries: (flows * 4).max(1024), seed: 0x9d3c_77a1, idle_turns: u32::MAX };
+        let mut worker = Worker::new(umem, config);
+        let (from, to) = match way {
+            Way::Local => (POD, OTHER_POD),
+            Way::Encap => (POD, UPLINK),
+            Way::Decap => (UPLINK, POD),
+        };
+        for port in [UPLINK, POD, OTHER_POD] {
+            let packets = if port == from { packets(way, flows) } else { Vec::new() };
+            worker.insert_port(port, Memory { packets, ..Memory::default() });
+        }
+        let mut rig = Rig { worker, snapshot: snapshot(), now_ns: 1 };
+        let turns = flows.div_ceil(BURST) * 2;
+        (0..turns).for_each(|_| rig.turn());
+        let sent = rig.worker.port(to).map_or(0, |port| port.sent);
+        assert_eq!(sent, (turns * BURST) as u64, "packets that did not come out");
+        rig
+    }
+
+    /// One burst.
+    pub fn turn(&mut self) {
+        self.now_ns += 1000;
+        self.worker.turn(self.now_ns, &self.snapshot);
+    }
+
+    /// One burst that misses the flow table with every packet.
+    pub fn miss(&mut self) {
+        self.snapshot.generation += 1;
+        self.turn();
+    }
+
+    /// What giving and taking a burst of frames costs, and nothing else.
+    pub fn io(&mut self) {
+        let Some((port, umem)) = self.worker.port_and_umem(POD) else { return };
+        let mut burst = Vec::with_capacity(BURST);
+        port.rx_burst(umem, &mut burst, BURST);
+        for packet in burst.drain(..) {
+            // A port in memory never refuses.
+            let _ = port.tx_push(umem, packet, None);
+        }
+    }
+}
+
+fn snapshot() -> Snapshot {
+    let access = |number: usize| {
+        let address: IpAddr = Ipv4Addr::new(10, 1, 0, number as u8).into();
+        let access = Access { network: NETWORK, mac: MACS[number], addresses: vec![address] };
+        Some(Arc::new(Port { mtu: 65_000, kind: PortKind::Access(access) }))
+    };
+    let uplink = Port { mtu: 1500, kind: PortKind::Uplink(Uplink { mac: MACS[0] }) };
+    let gateway = Gateway { mac: GATEWAY_MAC, v4: GATEWAY_V4, v6: GATEWAY_V6 };
+    let network = Network {
+        vni: vni(),
+        mode: NetworkMode::Routed(gateway),
+        spoof_check: true,
+        ports: vec![POD, OTHER_POD],
+        flood_peers: Vec::new(),
+    };
+    let (ours, theirs) = (Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2));
+    let header = OuterHeader::new((MACS[0], MACS[1]), ours.into(), theirs.into(), 4789).expect("one family");
+    let peer =
+        Peer { vtep: theirs.into(), router_mac: GATEWAY_MAC, reach: Some(Reach { port: UPLINK, mtu: 1500, header }) };
+    let mut snapshot = Snapshot {
+        generation: 1,
+        ports: vec![Some(Arc::new(uplink)), access(1), access(2)],
+        networks: vec![Some(Arc::new(network))],
+        peers: vec![Some(Arc::new(peer))],
+        underlay: Underlay { v4: Some(ours), v6: None, udp_port: 4789 },
+        ..Snapshot::default()
+    };
+    snapshot.vnis.insert(vni(), NETWORK);
+    snapshot.vteps.insert(theirs.into(), PeerIndex(0));
+    for (number, port) in [(1, POD), (2, OTHER_POD)] {
+        let hop = NextHop::Port { port, mac: MACS[number] };
+        snapshot.routes.insert(NETWORK, Ipv4Addr::new(10, 1, 0, number as u8).into(), 32, hop);
+    }
+    snapshot.routes.insert(NETWORK, Ipv4Addr::new(10, 2, 0, 0).into(), 24, NextHop::Peer(PeerIndex(0)));
+    snapshot
+}
+
+fn packets(way: Way, flows: usize) -> Vec<Vec<u8>> {
+    (0..flows)
+        .map(|flow| match way {
+            Way::Local => udp(MACS[1], [10, 1, 0, 1], [10, 1, 0, 2], flow),
+            Way::Encap => udp(MACS[1], [10, 1, 0, 1], [10, 2, 0, 9], flow),
+            Way::Decap => {
+                let inner = udp(GATEWAY_MAC, [10, 2, 0, 9], [10, 1, 0, 1], flow);
+                let ends = (Ipv4Addr::new(192, 0, 2, 2).into(), Ipv4Addr::new(192, 0, 2, 1).into());
+                let header = OuterHeader::new((MACS[1], MACS[0]), ends.0, ends.1, 4789).expect("one family");
+                let mut packet = vec![0; header.len()];
+                header.emit(&mut packet, vni(), flow as u64, inner.len(), 0, || 0);
+                packet.extend_from_slice(&inner);
+                packet
+            }
+        })
+        .collect()
+}
+
+/// A UDP packet of 64 bytes; the flow's number is in both ports.
+fn udp(from: MacAddr, source: [u8; 4], destination: [u8; 4], flow: usize) -> Vec<u8> {
+    let mut packet = vec![0; 64];
+    packet[..6].copy_from_slice(&GATEWAY_MAC.0);
+    packet[6..12].copy_from_slice(&from.0);
+    packet[12..14].copy_from_slice(&[8, 0]);
+    packet[14..24].copy_from_slice(&[0x45, 0, 0, 50, 0, 0, 0, 0, 64, 17]);
+    packet[26..30].copy_from_slice(&source);
+    packet[30..34].copy_from_slice(&destination);
+    let sum = checksum::finish(checksum::sum(&packet[14..34]));
+    packet[24..26].copy_from_slice(&sum.to_be_bytes());
+    packet[34..36].copy_from_slice(&((flow % 50_000) as u16 + 1024).to_be_bytes());
+    packet[36..38].copy_from_slice(&((flow / 50_000) as u16 + 80).to_be_bytes());
+    packet[38..40].copy_from_slice(&30_u16.to_be_bytes());
+    packet[40..42].copy_from_slice(&[0xab, 0xcd]);
+    packet
+}
+
+fn vni() -> Vni {
+    Vni::try_from(1).expect("a VNI")
+}
