@@ -13,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::task::spawn_local;
 use tracing::{debug, info, warn};
-use vswitch_api::{Answer, ApiError, Request};
+use vswitch_api::{Answer, ApiError, ErrorCode, Request};
 use vswitch_control::{Backend, Control, ControlConfig, UPLINK_PORT};
 use vswitch_dataplane::{Event, Snapshot};
 use vswitch_link::{Kernel, Watch};
@@ -169,9 +169,12 @@ impl Daemon {
         self.save();
     }
 
-    fn handle(&self, request: Request) -> Result<Answer, ApiError> {
+    async fn handle(&self, request: Request) -> Result<Answer, ApiError> {
         let is_change = changes(&request);
         debug!(?request, "request");
+        if let Request::PortAdd(spec) = &request {
+            self.check_link(&spec.link).await?;
+        }
         let answer = self.control.borrow_mut().handle(self.now_ns(), request, &mut *self.links.borrow_mut());
         if is_change {
             self.publish();
@@ -179,6 +182,22 @@ impl Daemon {
             self.stale.notify_one();
         }
         answer
+    }
+
+    /// A port takes every packet of its link: a NIC of the host plugged in by mistake would cut the node off.
+    async fn check_link(&self, name: &str) -> Result<(), ApiError> {
+        let system = |error: vswitch_link::LinkError| ApiError::new(ErrorCode::System, error.to_string());
+        let refuse = |message: String| Err(ApiError::new(ErrorCode::Invalid, message));
+        match self.kernel.link(name).await.map_err(system)? {
+            None => refuse(format!("no link {name} in the daemon's network namespace: see `ip link show`")),
+            Some(link) if !link.is_veth => {
+                refuse(format!("link {name} is no veth: only the host end of a pod's veth can be a port"))
+            }
+            Some(link) if !self.kernel.addresses(link.ifindex).await.map_err(system)?.is_empty() => refuse(format!(
+                "link {name} has addresses of the host: only the bare end of a pod's veth can be a port"
+            )),
+            Some(_) => Ok(()),
+        }
     }
 
     async fn refresh(&self) -> anyhow::Result<()> {
@@ -218,7 +237,7 @@ async fn serve(daemon: Rc<Daemon>, listener: UnixListener) {
             Ok((stream, _)) => {
                 let daemon = daemon.clone();
                 spawn_local(async move {
-                    if let Err(error) = server::serve(stream, |request| daemon.handle(request)).await {
+                    if let Err(error) = server::serve(stream, async |request| daemon.handle(request).await).await {
                         debug!("a connection broke: {error}");
                     }
                 });

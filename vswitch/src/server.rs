@@ -30,7 +30,7 @@ pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
 /// Serves one connection until it ends, or until its first line that is no request.
 pub(crate) async fn serve(
     stream: UnixStream,
-    mut handle: impl FnMut(Request) -> Result<Answer, ApiError>,
+    mut handle: impl AsyncFnMut(Request) -> Result<Answer, ApiError>,
 ) -> io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(read);
@@ -42,7 +42,11 @@ pub(crate) async fn serve(
         }
         let parsed = parse(&line);
         let is_bad = parsed.is_err();
-        let mut answer = serde_json::to_vec(&ResponseLine::from(parsed.and_then(&mut handle)))?;
+        let result = match parsed {
+            Ok(request) => handle(request).await,
+            Err(error) => Err(error),
+        };
+        let mut answer = serde_json::to_vec(&ResponseLine::from(result))?;
         answer.push(b'\n');
         write.write_all(&answer).await?;
         if is_bad {

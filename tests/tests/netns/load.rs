@@ -11,8 +11,9 @@ use crate::{ALONE, assert_balanced, bench, node_with_pods};
 fn two_hundred_and_fifty_ports() {
     const PORTS: usize = 250;
     let Some(mut bench) = bench("250") else { return };
-    let (daemon, _) = node_with_pods(&mut bench, &ALONE.replace("10.244.1.0/24", "10.244.0.0/22"), 0);
-    let empty = daemon.memory();
+    // One port is there already: the first one has the kernel pin the packet memory.
+    let (daemon, _) = node_with_pods(&mut bench, &ALONE.replace("10.244.1.0/24", "10.244.0.0/22"), 1);
+    let first = daemon.memory();
     let pods: Vec<_> = (0..PORTS).map(|number| bench.lab.namespace(&format!("p{number}")).unwrap()).collect();
     let start = Instant::now();
     let conflist = crate::conflist();
@@ -20,10 +21,10 @@ fn two_hundred_and_fifty_ports() {
     let seconds = start.elapsed().as_secs_f64();
     let memory = daemon.memory();
     println!(
-        "{PORTS} ports added in {seconds:.1} s; daemon {} MiB resident, {} MiB before the first ({} KiB a port)",
+        "{PORTS} ports added in {seconds:.1} s; daemon {} MiB resident, {} MiB before them, packet memory and all: {} KiB a port",
         memory >> 20,
-        empty >> 20,
-        (memory.saturating_sub(empty) >> 10) / PORTS as u64
+        first >> 20,
+        (memory.saturating_sub(first) >> 10) / PORTS as u64
     );
     assert!(seconds < 30.0, "{seconds} s");
     for (at, pod) in pods.iter().enumerate() {

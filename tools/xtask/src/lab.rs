@@ -55,7 +55,7 @@ pub struct CniOutput {
 
 /// Where the binaries lie: the release build of this workspace.
 pub fn binaries() -> PathBuf {
-    workspace().join("target/release")
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from).join("release")
 }
 
 /// The workspace's top directory.

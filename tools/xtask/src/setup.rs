@@ -17,6 +17,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("linux-libc-dev", "kernel headers for the XDP programs"),
     ("iproute2", "namespaces and links of demo and tests"),
     ("iputils-ping", "ping"),
+    ("procps", "kill"),
     ("iperf3", "TCP throughput"),
     ("ethtool", "offloads of the links of Open vSwitch, which cannot take them"),
     ("tcpdump", "captures in tests"),

@@ -97,7 +97,7 @@ fn route(
         }
         Kind::V4 | Kind::V6 => {}
     }
-    let (_, destination) = meta.addresses().ok_or(DropReason::NotIp)?;
+    let (source, destination) = meta.addresses().ok_or(DropReason::NotIp)?;
     if is_discovery(meta) {
         return if is_from_pod { answer_solicitation(meta, head, gateway) } else { Err(DropReason::NeighborIgnored) };
     }
@@ -110,6 +110,9 @@ fn route(
     }
     if destination == IpAddr::V4(gateway.v4) || destination == IpAddr::V6(gateway.v6) {
         return Err(DropReason::ToGateway);
+    }
+    if stays_on_link(source) || stays_on_link(destination) {
+        return Err(DropReason::LinkLocal);
     }
     if meta.ttl <= 1 {
         return Err(DropReason::TtlExpired);
@@ -184,6 +187,17 @@ fn answer_solicitation(meta: &Meta, head: &[u8], gateway: &Gateway) -> Result<Ve
     } else {
         Err(DropReason::NeighborIgnored)
     }
+}
+
+/// Addresses that a router must not forward from or to.
+fn stays_on_link(address: IpAddr) -> bool {
+    address.is_unspecified()
+        || address.is_loopback()
+        || address.is_multicast()
+        || match address {
+            IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+        }
 }
 
 fn is_discovery(meta: &Meta) -> bool {

@@ -114,6 +114,8 @@ drop_reasons! {
     NoRoute, "no-route", "no route to the destination: see `switchctl route list`";
     /// For the gateway's own address, which offers nothing but ARP and neighbor discovery.
     ToGateway, "to-gateway", "the gateway address answers only ARP and neighbor solicitation";
+    /// From or to a link-local, loopback or unspecified address (RFC 4291 section 2.5.6, RFC 3927 section 7).
+    LinkLocal, "link-local", "link-local and unspecified addresses are not routed";
     /// Multicast or broadcast in a routed network.
     RoutedMulticast, "routed-multicast", "a routed network forwards no multicast and no broadcast";
     /// An ARP or ND message that asks nothing of the switch.

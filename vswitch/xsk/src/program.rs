@@ -3,11 +3,12 @@
 //! A program is attached by a BPF link that lives as long as its descriptor (kernel 5.9), so that nothing stays on the
 //! device whatever ends the daemon.
 
-use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
+use std::{fmt, io};
 
-use aya::maps::{Array, Map, MapError, XskMap};
+use aya::maps::{Array, Map, MapData, MapError, XskMap};
+use aya::programs::xdp::XdpLink;
 use aya::programs::{ProgramError as AyaProgramError, Xdp, XdpMode as AyaMode};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
@@ -81,9 +82,12 @@ pub enum ProgramError {
 }
 
 /// A program on a link. Detached on drop.
-#[derive(Debug)]
+///
+/// Only the link and the maps are kept: what was needed to load them is not needed by 250 ports.
 pub struct AttachedProgram {
-    ebpf: Ebpf,
+    _link: XdpLink,
+    sockets: XskMap<MapData>,
+    vtep: Option<Array<MapData, [u8; 24]>>,
     mode: XdpMode,
     /// Why native mode was not used, in the kernel's words.
     fallback_reason: Option<String>,
@@ -102,35 +106,39 @@ impl AttachedProgram {
         };
         // No kernel BTF: the programs read packets and maps only, and parsing it would cost every port its time.
         let mut ebpf = EbpfLoader::new().btf(None).load(object).map_err(load_error)?;
-        if let Role::Uplink(vtep) = role {
-            write_vtep(&mut ebpf, vtep)?;
-        }
+        let sockets = take_map(&mut ebpf, "SOCKETS")?.try_into()?;
+        let vtep = match role {
+            Role::Pod => None,
+            Role::Uplink(vtep) => {
+                let mut map = take_map(&mut ebpf, "VTEP")?.try_into()?;
+                write_vtep(&mut map, vtep)?;
+                Some(map)
+            }
+        };
         let program: &mut Xdp = ebpf
             .program_mut(name)
             .ok_or(ProgramError::Missing(name))?
             .try_into()
             .map_err(|error: AyaProgramError| load_error(error.into()))?;
         program.load().map_err(|error| load_error(error.into()))?;
-        let attach = |program: &mut Xdp, mode| program.attach_to_if_index(ifindex, mode).map(drop);
+        let attach = |program: &mut Xdp, mode| program.attach_to_if_index(ifindex, mode);
         let refused = |source| ProgramError::Attach { ifindex, source: Box::new(source) };
-        let (mode, fallback_reason) = match preference {
+        let (id, mode, fallback_reason) = match preference {
             XdpPreference::Generic => {
-                attach(program, AyaMode::Skb).map_err(refused)?;
-                (XdpMode::Generic, Some("generic mode was asked for".to_owned()))
+                let id = attach(program, AyaMode::Skb).map_err(refused)?;
+                (id, XdpMode::Generic, Some("generic mode was asked for".to_owned()))
             }
-            XdpPreference::Native => {
-                attach(program, AyaMode::Driver).map_err(refused)?;
-                (XdpMode::Native, None)
-            }
+            XdpPreference::Native => (attach(program, AyaMode::Driver).map_err(refused)?, XdpMode::Native, None),
             XdpPreference::Auto => match attach(program, AyaMode::Driver) {
-                Ok(()) => (XdpMode::Native, None),
+                Ok(id) => (id, XdpMode::Native, None),
                 Err(native) => {
-                    attach(program, AyaMode::Skb).map_err(refused)?;
-                    (XdpMode::Generic, Some(format!("the driver refused native mode: {}", root_cause(&native))))
+                    let id = attach(program, AyaMode::Skb).map_err(refused)?;
+                    (id, XdpMode::Generic, Some(format!("the driver refused native mode: {}", root_cause(&native))))
                 }
             },
         };
-        Ok(AttachedProgram { ebpf, mode, fallback_reason })
+        let link = program.take_link(id).map_err(refused)?;
+        Ok(AttachedProgram { _link: link, sockets, vtep, mode, fallback_reason })
     }
 
     /// Sends the packets of `queue` to a socket.
@@ -139,8 +147,7 @@ impl AttachedProgram {
     ///
     /// If the queue's number is 64 or more.
     pub fn set_socket(&mut self, queue: u32, socket: impl AsFd) -> Result<(), ProgramError> {
-        let mut sockets: XskMap<_> = map(&mut self.ebpf, "SOCKETS")?.try_into()?;
-        Ok(sockets.set(queue, socket.as_fd().as_raw_fd(), 0)?)
+        Ok(self.sockets.set(queue, socket.as_fd().as_raw_fd(), 0)?)
     }
 
     /// Changes what an uplink's program takes.
@@ -149,7 +156,7 @@ impl AttachedProgram {
     ///
     /// If this is the program of a pod port.
     pub fn set_vtep(&mut self, vtep: Vtep) -> Result<(), ProgramError> {
-        write_vtep(&mut self.ebpf, vtep)
+        write_vtep(self.vtep.as_mut().ok_or(ProgramError::Missing("VTEP"))?, vtep)
     }
 
     /// Where the program runs.
@@ -163,18 +170,23 @@ impl AttachedProgram {
     }
 }
 
+impl fmt::Debug for AttachedProgram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AttachedProgram").field("mode", &self.mode).finish_non_exhaustive()
+    }
+}
+
 /// Writes `struct vtep` of `uplink.c`.
-fn write_vtep(ebpf: &mut Ebpf, vtep: Vtep) -> Result<(), ProgramError> {
-    let mut array: Array<_, [u8; 24]> = map(ebpf, "VTEP")?.try_into()?;
+fn write_vtep(map: &mut Array<MapData, [u8; 24]>, vtep: Vtep) -> Result<(), ProgramError> {
     let mut value = [0; 24];
     value[..16].copy_from_slice(&vtep.v6.map_or([0; 16], |address| address.octets()));
     value[16..20].copy_from_slice(&vtep.v4.map_or([0; 4], |address| address.octets()));
     value[20..22].copy_from_slice(&vtep.port.to_be_bytes());
-    Ok(array.set(0, value, 0)?)
+    Ok(map.set(0, value, 0)?)
 }
 
-fn map<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Map, ProgramError> {
-    ebpf.map_mut(name).ok_or(ProgramError::Missing(name))
+fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, ProgramError> {
+    ebpf.take_map(name).ok_or(ProgramError::Missing(name))
 }
 
 fn load_error(error: EbpfError) -> ProgramError {
