@@ -9,6 +9,9 @@ use vswitch_xsk::{AttachedProgram, BoundSocket, CopyMode, Role, XdpMode, XdpPref
 
 use crate::worker::WorkerHandle;
 
+/// Frames that a worker must have free to take another port: a fill ring's worth, and as many on their way.
+const FRAMES_OF_A_PORT: usize = 128;
+
 /// Workers and attached links.
 #[derive(Debug)]
 pub(crate) struct Links {
@@ -59,6 +62,19 @@ impl Links {
         self.attached.get(&port).map(|link| link.ifindex)
     }
 
+    /// A port whose fill ring cannot be filled would be deaf, and say nothing.
+    fn check_memory(&self) -> Result<(), String> {
+        for (index, worker) in self.workers.iter().enumerate() {
+            let free = worker.sample().map_or(0, |sample| sample.umem_free);
+            if free < FRAMES_OF_A_PORT {
+                return Err(format!(
+                    "worker {index} has {free} free frames left, too few for another port: raise worker.umem_frames"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     fn attach_link(
         &mut self,
         port: PortId,
@@ -105,6 +121,7 @@ impl Links {
 impl Backend for Links {
     fn attach(&mut self, port: PortId, link: &str) -> Result<Attached, String> {
         let ifindex = ifindex_of(link)?;
+        self.check_memory()?;
         self.attach_link(port, ifindex, Role::Pod, Queues::OnePerWorker, ZeroCopy::Off)
     }
 

@@ -106,3 +106,24 @@ fn two_workers_share_the_work() {
     }
     assert_balanced(&daemon);
 }
+
+#[test]
+fn a_port_too_many_is_refused_and_the_others_go_on() {
+    let Some(mut bench) = bench("full") else { return };
+    let config = format!("[worker]\numem_frames = 1024\n{ALONE}");
+    let (daemon, pods) = node_with_pods(&mut bench, &config, 2);
+    let mut error = String::new();
+    for number in 0..16 {
+        let pod = bench.lab.namespace(&format!("more{number}")).unwrap();
+        if let Err(refused) = daemon.add_pod(&pod, &crate::conflist()) {
+            error = refused.to_string();
+            break;
+        }
+    }
+    assert!(error.contains("raise worker.umem_frames"), "{error}");
+    assert!(pods[0].0.pings(&pods[1].1[0], 5, 3));
+    crate::serve_iperf3(&mut bench.lab, &pods[1].0);
+    pods[0].0.iperf3(&pods[1].1[0], 1, &[]).unwrap();
+    assert!(pods[1].0.pings(&pods[0].1[0], 5, 3));
+    assert_balanced(&daemon);
+}
