@@ -32,8 +32,10 @@ pub(crate) async fn add(conf: &NetConf) -> Result<CniResult, CniError> {
     }
     let mut client = Client::connect(&conf.socket, TIMEOUT)?;
     let ipam = IpamPlugin::find(conf, &environment)?;
-    let delegated = ipam.as_ref().map(IpamPlugin::add).transpose()?;
-    let result = add_with(conf, &environment, delegated, &mut client).await;
+    let result = match ipam.as_ref().map(IpamPlugin::add).transpose() {
+        Ok(delegated) => add_with(conf, &environment, delegated, &mut client).await,
+        Err(error) => Err(error),
+    };
     if result.is_err()
         && let Some(ipam) = &ipam
     {
@@ -150,7 +152,19 @@ pub(crate) fn status(conf: &NetConf) -> Result<(), CniError> {
     let Answer::Status(status) = client.call(Request::Status).map_err(unavailable)? else {
         return Err(CniError::new(Code::Unavailable, "vswitchd gave no status: use tools of its version"));
     };
-    if let Some(shortage) = shortage(conf, &status, &mut client) {
+    let Answer::Networks { networks } = client.call(Request::NetworkList).map_err(unavailable)? else {
+        return Err(CniError::new(Code::Unavailable, "vswitchd gave no networks: use tools of its version"));
+    };
+    let network = match &conf.network {
+        Some(name) => networks.into_iter().find(|network| network.name == *name),
+        None => networks.into_iter().min_by_key(|network| network.order),
+    };
+    let Some(network) = network else {
+        let name = conf.network.as_deref().unwrap_or("of any name");
+        let msg = format!("the switch has no network {name}: `switchctl network list` shows what there is");
+        return Err(CniError::new(Code::Unavailable, msg));
+    };
+    if let Some(shortage) = shortage(conf, &status, &network.name) {
         return Err(CniError::new(Code::Limited, shortage));
     }
     match IpamPlugin::find(conf, &Environment::of_network()?)? {
@@ -166,17 +180,21 @@ pub(crate) async fn gc(conf: &NetConf) -> Result<(), CniError> {
     let answer = client.call(Request::PortGc { owner: conf.name.clone(), valid })?;
     let Answer::Ports { ports } = answer else { return Ok(()) };
     let kernel = Kernel::here()?;
+    let mut first_error = Ok(());
     for port in ports {
-        kernel.delete_link(&port.link).await?;
+        if let Err(error) = kernel.delete_link(&port.link).await {
+            first_error = first_error.and(Err(error.into()));
+        }
     }
-    match IpamPlugin::find(conf, &Environment::of_network()?)? {
+    let ipam = match IpamPlugin::find(conf, &Environment::of_network()?)? {
         Some(ipam) => ipam.call("GC"),
         None => Ok(()),
-    }
+    };
+    first_error.and(ipam)
 }
 
 /// What an ADD would lack.
-fn shortage(conf: &NetConf, status: &StatusInfo, client: &mut Client) -> Option<String> {
+fn shortage(conf: &NetConf, status: &StatusInfo, network: &str) -> Option<String> {
     if let Some(worker) = status.workers.iter().find(|worker| worker.umem_free < FRAMES_OF_A_PORT) {
         return Some(format!(
             "worker {} has {} free frames left: raise worker.umem_frames",
@@ -186,13 +204,6 @@ fn shortage(conf: &NetConf, status: &StatusInfo, client: &mut Client) -> Option<
     if conf.ipam_plugin().is_some() {
         return None;
     }
-    let network = match &conf.network {
-        Some(name) => name.clone(),
-        None => match client.call(Request::NetworkList) {
-            Ok(Answer::Networks { networks }) => networks.into_iter().min_by_key(|network| network.order)?.name,
-            _ => return None,
-        },
-    };
     for is_v6 in [false, true] {
         let mut ranges =
             status.ipam.iter().filter(|ipam| ipam.network == network && ipam.range.addr().is_ipv6() == is_v6);

@@ -112,6 +112,30 @@ pub fn neighbor_solicitation(from: MacAddr, source: &str, target: &str) -> Vec<u
     bytes
 }
 
+/// A neighbor advertisement.
+pub fn neighbor_advertisement(ends: Ends, source: &str, destination: &str, target: &str) -> Vec<u8> {
+    let (source, destination): (Ipv6Addr, Ipv6Addr) =
+        (source.parse().expect("address"), destination.parse().expect("address"));
+    let icmp = Icmpv6Repr::Ndisc(NdiscRepr::NeighborAdvert {
+        flags: smoltcp::wire::NdiscNeighborFlags::OVERRIDE,
+        target_addr: target.parse().expect("address"),
+        lladdr: Some(smoltcp::wire::HardwareAddress::Ethernet(EthernetAddress(ends.from.0)).into()),
+    });
+    let ip = Ipv6Repr {
+        src_addr: source,
+        dst_addr: destination,
+        next_header: IpProtocol::Icmpv6,
+        payload_len: icmp.buffer_len(),
+        hop_limit: 255,
+    };
+    let mut bytes = ethernet(ends, EthernetProtocol::Ipv6, 40 + icmp.buffer_len());
+    let mut packet = Ipv6Packet::new_unchecked(&mut bytes[14..]);
+    ip.emit(&mut packet);
+    let mut message = Icmpv6Packet::new_unchecked(packet.payload_mut());
+    icmp.emit(&source, &destination, &mut message, &ChecksumCapabilities::default());
+    bytes
+}
+
 /// A frame whose UDP or TCP checksum is left to the device, as Linux leaves it: the field holds the pseudo-header's sum.
 pub fn partial(mut frame: Vec<u8>) -> Vec<u8> {
     use vswitch_net::checksum;

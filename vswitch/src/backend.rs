@@ -27,13 +27,8 @@ struct AttachedLink {
     program: AttachedProgram,
 }
 
-/// Which queues of a link to bind.
-enum Queues {
-    /// One a worker.
-    OnePerWorker,
-    /// So many, dealt out to the workers in turn.
-    Dealt(u32),
-}
+/// Most queues of a link: the size of the map in the XDP programs.
+const MAX_QUEUES: u32 = 64;
 
 impl Links {
     pub(crate) fn new(workers: Vec<WorkerHandle>, xdp: XdpPreference, start: Instant) -> Links {
@@ -45,11 +40,10 @@ impl Links {
         &mut self,
         port: PortId,
         ifindex: u32,
-        queues: u32,
         role: Role,
         zero_copy: ZeroCopy,
     ) -> Result<Attached, String> {
-        self.attach_link(port, ifindex, role, Queues::Dealt(queues), zero_copy)
+        self.attach_link(port, ifindex, role, zero_copy)
     }
 
     /// The program of a port, to change what it takes.
@@ -75,26 +69,17 @@ impl Links {
         Ok(())
     }
 
-    fn attach_link(
-        &mut self,
-        port: PortId,
-        ifindex: u32,
-        role: Role,
-        queues: Queues,
-        zero_copy: ZeroCopy,
-    ) -> Result<Attached, String> {
+    /// Binds all queues of a link and deals them out to the workers. Each worker needs one, for a worker cannot send by
+    /// another's.
+    fn attach_link(&mut self, port: PortId, ifindex: u32, role: Role, zero_copy: ZeroCopy) -> Result<Attached, String> {
         let mut program = AttachedProgram::attach(role, ifindex, self.xdp).map_err(|error| error.to_string())?;
-        let queues = match queues {
-            Queues::OnePerWorker => self.workers.len() as u32,
-            Queues::Dealt(queues) => queues,
-        };
         let mut sockets: Vec<Vec<BoundSocket>> = self.workers.iter().map(|_| Vec::new()).collect();
         let mut copy_modes = Vec::new();
-        for queue in 0..queues {
+        for queue in 0..MAX_QUEUES {
             let owner = queue as usize % self.workers.len();
             let socket = match self.workers[owner].binder.bind(ifindex, queue, zero_copy) {
                 Ok(socket) => socket,
-                // A link may have been made with more queues than it uses now.
+                // All queues are bound: what arrives at one without a socket would be lost.
                 Err(error) if error.is_no_queue() && queue as usize >= self.workers.len() => break,
                 Err(error) => return Err(error.to_string()),
             };
@@ -122,7 +107,7 @@ impl Backend for Links {
     fn attach(&mut self, port: PortId, link: &str) -> Result<Attached, String> {
         let ifindex = ifindex_of(link)?;
         self.check_memory()?;
-        self.attach_link(port, ifindex, Role::Pod, Queues::OnePerWorker, ZeroCopy::Off)
+        self.attach_link(port, ifindex, Role::Pod, ZeroCopy::Off)
     }
 
     fn detach(&mut self, port: PortId) {

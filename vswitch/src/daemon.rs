@@ -109,6 +109,7 @@ impl Daemon {
             .collect::<anyhow::Result<Vec<_>>>()?;
         let control = Control::new(ControlConfig {
             udp_port: config.uplink.udp_port,
+            has_uplink: config.uplink.link.is_some(),
             fdb_ageing_ns: config.fdb.ageing_seconds.saturating_mul(1_000_000_000),
             fdb_limit: config.fdb.limit,
         });
@@ -166,7 +167,6 @@ impl Daemon {
         let lost = self.control.borrow_mut().restore(state, &mut *self.links.borrow_mut());
         lost.iter().for_each(|sentence| warn!("not taken over: {sentence}"));
         info!("{} of {before} ports taken over", self.control.borrow().links().count());
-        self.save();
     }
 
     async fn handle(&self, request: Request) -> Result<Answer, ApiError> {
@@ -201,9 +201,14 @@ impl Daemon {
     }
 
     async fn refresh(&self) -> anyhow::Result<()> {
-        uplink::refresh(&self.kernel, &self.config.uplink, &self.control, &self.links).await?;
+        let ports = || self.control.borrow().links().count();
+        let before = ports();
+        let refreshed = uplink::refresh(&self.kernel, &self.config.uplink, &self.control, &self.links).await;
         self.publish();
-        Ok(())
+        if ports() != before {
+            self.save();
+        }
+        Ok(refreshed?)
     }
 
     fn publish(&self) {

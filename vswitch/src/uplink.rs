@@ -7,9 +7,10 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use vswitch_control::{Backend, Control, NextHop, UPLINK_PORT, UplinkState};
 use vswitch_link::{Kernel, LinkError, LinkState, Neighbor};
+use vswitch_net::PortId;
 use vswitch_xsk::{Role, Vtep};
 
 use crate::backend::Links;
@@ -22,8 +23,12 @@ pub(crate) async fn refresh(
     control: &std::cell::RefCell<Control>,
     links: &std::cell::RefCell<Links>,
 ) -> Result<(), LinkError> {
+    // Ports that are added while the kernel lists its links are not in that list, and not lost.
+    let judged: Vec<PortId> = control.borrow().links().map(|(id, _)| id).collect();
     let all = kernel.links().await?;
-    unplug_lost(&all, &mut control.borrow_mut(), &mut links.borrow_mut());
+    unplug_lost(&all, &judged, &mut control.borrow_mut(), &mut links.borrow_mut());
+    let exists = |name: &str| all.iter().any(|link| link.name == name);
+    control.borrow_mut().adopt_waiting(exists, &mut *links.borrow_mut());
     let Some(name) = &config.link else { return Ok(()) };
     let Some(link) = all.iter().find(|link| link.name == *name) else {
         lose(name, &mut control.borrow_mut(), &mut links.borrow_mut());
@@ -37,8 +42,14 @@ pub(crate) async fn refresh(
     let vteps: Vec<IpAddr> = control.borrow().vteps().collect();
     let neighbors: BTreeMap<IpAddr, Neighbor> = kernel.neighbors(link.ifindex).await?.into_iter().collect();
     for peer in vteps {
-        let next_hop = next_hop(kernel, &all, link, &neighbors, peer).await?;
-        control.borrow_mut().set_next_hop(peer, next_hop);
+        // What the kernel refuses for one peer must not keep it from the others.
+        match next_hop(kernel, &all, link, &neighbors, peer).await {
+            Ok(next_hop) => control.borrow_mut().set_next_hop(peer, next_hop),
+            Err(error) => {
+                debug!("peer {peer}: {error}");
+                control.borrow_mut().set_next_hop(peer, NextHop::default());
+            }
+        }
     }
     Ok(())
 }
@@ -99,8 +110,7 @@ fn update_uplink(
         _ => {
             links.detach(UPLINK_PORT);
             let role = Role::Uplink(vtep);
-            let attached =
-                links.attach_uplink(UPLINK_PORT, link.ifindex, link.rx_queues, role, config.zero_copy.into())?;
+            let attached = links.attach_uplink(UPLINK_PORT, link.ifindex, role, config.zero_copy.into())?;
             info!("uplink {} attached: xdp {}, {}", link.name, attached.xdp_mode, attached.copy_modes.join(" "));
             attached
         }
@@ -126,10 +136,10 @@ fn lose(name: &str, control: &mut Control, links: &mut Links) {
 }
 
 /// A pod's end takes its veth along when its namespace goes; the port goes with it.
-fn unplug_lost(all: &[LinkState], control: &mut Control, links: &mut Links) {
+fn unplug_lost(all: &[LinkState], judged: &[PortId], control: &mut Control, links: &mut Links) {
     let lost: Vec<String> = control
         .links()
-        .filter(|&(id, _)| !all.iter().any(|link| Some(link.ifindex) == links.ifindex(id)))
+        .filter(|&(id, _)| judged.contains(&id) && !all.iter().any(|link| Some(link.ifindex) == links.ifindex(id)))
         .map(|(_, link)| link.to_owned())
         .collect();
     for link in lost {

@@ -72,25 +72,40 @@ enum Command {
 
 /// The queues of one port that belong to this worker. All receive; the first sends.
 #[derive(Debug)]
-struct Queues(Vec<XskSocket>);
+struct Queues {
+    sockets: Vec<XskSocket>,
+    /// Where the next burst begins, so that one busy queue does not starve the others.
+    turn: usize,
+}
 
 impl PortIo for Queues {
     fn rx_burst(&mut self, umem: &mut Umem, out: &mut Vec<Packet>, max: usize) -> usize {
-        self.0.iter_mut().fold(0, |got, socket| got + socket.rx_burst(umem, out, max - got))
+        let count = self.sockets.len();
+        let mut got = 0;
+        for step in 0..count {
+            let socket = &mut self.sockets[(self.turn + step) % count];
+            got += socket.rx_burst(umem, out, max - got);
+        }
+        self.turn = if count > 0 { (self.turn + 1) % count } else { 0 };
+        got
     }
 
     fn tx_push(&mut self, umem: &mut Umem, packet: Packet, checksum: Option<TxChecksum>) -> Result<(), Packet> {
-        match self.0.first_mut() {
+        match self.sockets.first_mut() {
             Some(socket) => socket.tx_push(umem, packet, checksum),
             None => Err(packet),
         }
     }
 
     fn flush(&mut self, umem: &mut Umem) -> bool {
-        match self.0.first_mut() {
+        match self.sockets.first_mut() {
             Some(socket) => socket.flush(umem) && !socket.is_sending(),
             None => true,
         }
+    }
+
+    fn can_receive(&self) -> bool {
+        self.sockets.iter().all(XskSocket::can_receive)
     }
 }
 
@@ -233,20 +248,26 @@ impl WorkerThread {
                     let data = epoll::EventData::new_u64(u64::from(port.0));
                     let _ = epoll::add(&self.sleeper, socket, data, epoll::EventFlags::ONESHOT);
                 }
-                if let Some(before) = self.worker.insert_port(port, Queues(sockets)) {
+                if let Some(before) = self.worker.insert_port(port, Queues { sockets, turn: 0 }) {
                     self.discard(before);
                 }
             }
             Command::Remove(port, answer) => {
-                let sockets = self.worker.remove_port(port).map_or_else(Vec::new, |queues| queues.0);
-                let closing = sockets
+                let sockets = self.worker.remove_port(port).map_or_else(Vec::new, |queues| queues.sockets);
+                let closing: Vec<(Arc<OwnedFd>, Closing)> = sockets
                     .into_iter()
                     .map(|socket| {
                         let _ = epoll::delete(&self.sleeper, &socket);
                         socket.close_later(self.worker.umem_mut())
                     })
                     .collect();
-                let _ = answer.send(closing);
+                if let Err(unheard) = answer.send(closing) {
+                    // Nobody waits any more: close here, whatever it takes.
+                    for (fd, closing) in unheard.0 {
+                        drop(fd);
+                        closing.reclaim(self.worker.umem_mut());
+                    }
+                }
             }
             Command::Reclaim(closing) => {
                 closing.into_iter().for_each(|closing| closing.reclaim(self.worker.umem_mut()));
@@ -264,7 +285,7 @@ impl WorkerThread {
     }
 
     fn discard(&mut self, queues: Queues) {
-        queues.0.into_iter().for_each(|socket| socket.close(self.worker.umem_mut()));
+        queues.sockets.into_iter().for_each(|socket| socket.close(self.worker.umem_mut()));
     }
 
     fn report(&mut self) {
@@ -282,7 +303,7 @@ impl WorkerThread {
     fn park(&mut self) {
         let idle: Vec<PortId> = self.worker.take_idle().collect();
         for port in idle {
-            let sockets = self.worker.port(port).map_or(&[][..], |queues| &queues.0);
+            let sockets = self.worker.port(port).map_or(&[][..], |queues| &queues.sockets);
             for socket in sockets {
                 let data = epoll::EventData::new_u64(u64::from(port.0));
                 let _ = epoll::modify(&self.sleeper, socket, data, epoll::EventFlags::IN | epoll::EventFlags::ONESHOT);
@@ -307,7 +328,7 @@ impl WorkerThread {
 
     fn sample(&self) -> WorkerSample {
         let sockets = self.worker.ports().flat_map(|(port, queues)| {
-            queues.0.iter().map(move |socket| SocketSample {
+            queues.sockets.iter().map(move |socket| SocketSample {
                 port: Some(port),
                 // A link that is gone has no statistics any more.
                 kernel: socket.statistics().unwrap_or_default(),

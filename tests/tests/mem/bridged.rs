@@ -120,6 +120,50 @@ fn spoof_check_holds_stations_to_their_port() {
     assert_eq!(switch.drop_of(port, &frame(mac(1), MacAddr::BROADCAST)), Some(DropReason::NoReceiver));
 }
 
+/// What was judged honest once must not open the way for what is not: such packets are judged one by one.
+#[test]
+fn an_honest_packet_opens_no_way_for_a_forged_one() {
+    let mut switch = Switch::new();
+    let network = r#"{"op":"network_add","name":"lan","vni":9,"mode":"bridged","subnets":["10.0.0.0/24","fd00::/64"]}"#;
+    switch.ask_json(network).expect("a network");
+    let port = switch.add_port("p1", "lan", mac(1), &["10.0.0.1", "fd00::1"]).id;
+    switch.add_port("p2", "lan", mac(2), &["10.0.0.2", "fd00::2"]);
+    let arp = |sender: &str| {
+        let mut frame = frames::arp_request(mac(1), sender, "10.0.0.2");
+        frame[..6].copy_from_slice(&mac(2).0);
+        frame
+    };
+    let na =
+        |target: &str| frames::neighbor_advertisement(Ends { from: mac(1), to: mac(2) }, "fd00::1", "fd00::2", target);
+    for _ in 0..2 {
+        assert_eq!(switch.drop_of(port, &arp("10.0.0.1")), None);
+        assert_eq!(switch.drop_of(port, &arp("10.0.0.9")), Some(DropReason::SpoofedNeighbor));
+        assert_eq!(switch.drop_of(port, &na("fd00::1")), None);
+        assert_eq!(switch.drop_of(port, &na("fd00::9")), Some(DropReason::SpoofedNeighbor));
+        assert_eq!(switch.drop_of(port, &na("fe80::ff:fe00:1")), None, "its own link-local address");
+        assert_eq!(switch.drop_of(port, &na("fe80::1")), Some(DropReason::SpoofedNeighbor));
+    }
+    let mut advertisement = na("fd00::1");
+    advertisement[54] = 134;
+    assert_eq!(switch.drop_of(port, &advertisement), Some(DropReason::SpoofedNeighbor), "a pod is no router");
+}
+
+/// News of a station may come after its port is gone, and its number somebody else's.
+#[test]
+fn late_news_are_not_believed() {
+    let (mut switch, ports) = three_ports();
+    let late = vswitch_dataplane::Event::Seen {
+        network: vswitch_net::NetworkIndex(1),
+        mac: mac(50),
+        location: vswitch_dataplane::Location::Port(ports[0]),
+    };
+    switch.control.learn(switch.now_ns, late);
+    assert_eq!(place(&mut switch, mac(50)), Some(FdbTarget::Port("p1".into())), "the index is the network's");
+    switch.ask_json(r#"{"op":"port_del","link":"p1"}"#).expect("done");
+    switch.control.learn(switch.now_ns, late);
+    assert_eq!(place(&mut switch, mac(50)), None);
+}
+
 #[test]
 fn what_must_not_be_bridged_is_counted_by_reason() {
     let (mut switch, ports) = three_ports();

@@ -16,6 +16,11 @@ fn furnished() -> Switch {
         r#"{"op":"peer_add","name":"node2","vtep":"192.0.2.2"}"#,
         r#"{"op":"route_add","network":"pods","prefix":"10.2.0.0/24","peer":"node2"}"#,
         r#"{"op":"fdb_add","network":"lan","mac":"02:00:00:00:00:aa","at":{"peer":"node2"}}"#,
+        r#"{"op":"network_add","name":"named","vni":10,"mode":"bridged"}"#,
+        r#"{"op":"peer_add","name":"node3","vtep":"192.0.2.33","networks":["named"]}"#,
+        r#"{"op":"network_add","name":"open","vni":11}"#,
+        r#"{"op":"port_add","link":"guest","mac":"02:00:00:00:00:08","network":"open","addresses":["10.5.0.5"]}"#,
+        r#"{"op":"route_add","network":"open","prefix":"10.5.0.6/32","peer":"node2"}"#,
     ] {
         switch.ask_json(request).expect("carried out");
     }
@@ -64,6 +69,27 @@ fn refused_requests_change_nothing_and_say_why() {
         ),
         (r#"{"op":"network_del","name":"pods"}"#, ErrorCode::Conflict, "has 2 ports"),
         (r#"{"op":"network_del","name":"nope"}"#, ErrorCode::NotFound, "no network \"nope\""),
+        (
+            r#"{"op":"route_add","network":"pods","prefix":"10.1.0.1/32","peer":"node2"}"#,
+            ErrorCode::Conflict,
+            "overlaps",
+        ),
+        (r#"{"op":"network_del","name":"named"}"#, ErrorCode::Conflict, "peer \"node3\" names network \"named\""),
+        (
+            r#"{"op":"route_add","network":"open","prefix":"10.5.0.5/32","peer":"node2"}"#,
+            ErrorCode::Conflict,
+            "is the address of a port",
+        ),
+        (
+            r#"{"op":"port_add","link":"x","mac":"02:00:00:00:00:07","network":"open","addresses":["10.5.0.6"]}"#,
+            ErrorCode::Conflict,
+            "is routed to peer",
+        ),
+        (
+            r#"{"op":"port_add","link":"x","mac":"02:00:00:00:00:07","network":"named","addresses":["10.5.0.6"]}"#,
+            ErrorCode::Invalid,
+            "is bridged and has no subnets",
+        ),
         (r#"{"op":"peer_add","name":"node2","vtep":"192.0.2.9"}"#, ErrorCode::Conflict, "exists"),
         (r#"{"op":"peer_add","name":"x","vtep":"192.0.2.2"}"#, ErrorCode::Conflict, "belongs to peer \"node2\""),
         (r#"{"op":"peer_add","name":"x","vtep":"224.0.0.1"}"#, ErrorCode::Invalid, "vtep: 224.0.0.1 is not allowed"),
@@ -186,7 +212,7 @@ fn gc_removes_what_one_owner_no_longer_uses() {
     assert_eq!(gone(switch.ask_json(&gc(valid)).expect("done")), ["c2"]);
     assert_eq!(gone(switch.ask_json(&gc(json!([]))).expect("done")), ["c1"]);
     let Answer::Ports { ports } = switch.ask(Request::PortList { link: None }) else { panic!() };
-    assert_eq!(ports.iter().map(|port| port.link.as_str()).collect::<Vec<_>>(), ["one", "two", "c3"]);
+    assert_eq!(ports.iter().map(|port| port.link.as_str()).collect::<Vec<_>>(), ["one", "two", "guest", "c3"]);
 }
 
 #[test]
@@ -206,7 +232,18 @@ fn a_restart_takes_everything_over() {
     third.backend.broken = vec!["one".to_owned()];
     let lost = third.control.restore(serde_json::from_str(&state).expect("a state"), &mut third.backend);
     assert_eq!(lost, ["port of link one: no link one"]);
-    assert_eq!(third.control.links().count(), 1);
+    assert_eq!((third.control.links().count(), third.control.waiting()), (2, 1));
+    // It waits: its addresses stay its own, a further restart knows it, and it is adopted when its link can be attached.
+    let Answer::Port(other) =
+        third.ask_json(r#"{"op":"port_add","link":"x","mac":"02:00:00:00:00:07","network":"pods"}"#).unwrap()
+    else {
+        panic!()
+    };
+    assert!(!other.addresses.iter().any(|address| address.addr().to_string() == "10.1.0.1"));
+    assert_eq!(third.control.state("boot").ports.len(), 4);
+    third.backend.broken.clear();
+    third.control.adopt_waiting(|_| true, &mut third.backend);
+    assert_eq!((third.control.links().count(), third.control.waiting()), (4, 0));
 }
 
 #[test]

@@ -86,7 +86,7 @@ fn without_privilege_it_says_so() {
     std::fs::create_dir_all(&directory).unwrap();
     let config = bench.lab.directory().join("p.toml");
     std::fs::write(&config, format!("[daemon]\nruntime_dir = \"{}\"\n{ALONE}", directory.display())).unwrap();
-    // All capabilities dropped, still uid 0: AF_XDP is refused when the first port comes, the directory is not.
+    // As nobody, who may not even write the runtime directory.
     let switchctl = lab::binaries().join("switchctl");
     let output = Command::new("setpriv")
         .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])

@@ -187,6 +187,9 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
         "{} ports, {} networks, {} of {} peers reachable",
         status.ports, status.networks, status.peers_reachable, status.peers
     )?;
+    if status.ports_waiting > 0 {
+        writeln!(out, "{} ports of the last daemon wait to be adopted: see the daemon's log", status.ports_waiting)?;
+    }
     for ipam in &status.ipam {
         let free = if ipam.free == u64::MAX { "plenty".to_owned() } else { ipam.free.to_string() };
         writeln!(out, "addresses of {} in {}: {} used, {free} free", ipam.network, ipam.range, ipam.used)?;

@@ -80,6 +80,8 @@ pub struct StatusInfo {
     pub uplink: Option<UplinkInfo>,
     /// Number of ports.
     pub ports: usize,
+    /// Ports of a former daemon that could not be adopted yet; the log says why.
+    pub ports_waiting: usize,
     /// Number of networks.
     pub networks: usize,
     /// Number of peers.

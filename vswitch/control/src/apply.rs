@@ -75,6 +75,14 @@ impl Control {
                 "network \"{name}\" has {ports} ports: remove them first (`switchctl port list`)"
             )));
         }
+        if let Some(peer) =
+            self.desired.peers.values().find(|peer| peer.spec.networks.iter().flatten().any(|other| other == name))
+        {
+            return Err(conflict(format!(
+                "peer \"{}\" names network \"{name}\": remove the peer first",
+                peer.spec.name
+            )));
+        }
         let routes: Vec<IpNet> =
             self.desired.routes.keys().filter(|(network, _)| *network == index).map(|&(_, prefix)| prefix).collect();
         for prefix in routes {
@@ -155,6 +163,9 @@ impl Control {
         check_prefix("prefix", &spec.prefix)?;
         if let Some(range) = network.spec.ranges.iter().find(|range| range.contains(&spec.prefix)) {
             return Err(conflict(format!("route {} overlaps this node's own range {range}", spec.prefix)));
+        }
+        if self.desired.addresses(network.index).iter().any(|&address| IpNet::from(address) == spec.prefix) {
+            return Err(conflict(format!("{} is the address of a port of this node", spec.prefix.addr())));
         }
         let peer = self.desired.peer(&spec.peer)?.index;
         let key = (network.index, spec.prefix);
@@ -265,7 +276,19 @@ impl Control {
             if let Some(other) = others().find(|other| other.addresses.contains(&address)) {
                 return Err(conflict(format!("address {address} belongs to the port of link {} already", other.link)));
             }
+            if let Some(route) = self.desired.routes.get(&(network.index, IpNet::from(address))) {
+                return Err(conflict(format!(
+                    "address {address} is routed to peer \"{}\": remove the route first",
+                    route.peer
+                )));
+            }
             let subnets = &network.spec.subnets;
+            if network.spec.mode == NetworkMode::Bridged && subnets.is_empty() && network.spec.ranges.is_empty() {
+                return Err(invalid(format!(
+                    "network \"{}\" is bridged and has no subnets: set them, for they say what is on a pod's link",
+                    network.spec.name
+                )));
+            }
             if !subnets.is_empty() && !subnets.iter().any(|subnet| subnet.contains(&address)) {
                 return Err(invalid(format!(
                     "ips: {address} lies in none of the subnets of network \"{}\" ({})",
@@ -354,6 +377,7 @@ impl Control {
         for id in ids {
             self.remove_port(id, backend);
         }
+        self.desired.waiting.retain(|record| !goes(record));
         Answer::Ports { ports }
     }
 

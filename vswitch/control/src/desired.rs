@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use vswitch_api::{ApiError, ErrorCode, FdbTarget, NetworkMode, NetworkSpec, PeerSpec};
+use vswitch_dataplane::Location;
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 
 use crate::UPLINK_PORT;
@@ -21,6 +22,11 @@ pub(crate) struct Desired {
     pub(crate) stations: BTreeMap<(NetworkIndex, MacAddr), StationEntry>,
     /// Where the built-in IPAM goes on looking, by network and range, so that an address is not reused at once.
     pub(crate) cursors: BTreeMap<(String, IpNet), u128>,
+    /// Ports of a former daemon that could not be adopted yet. Their addresses stay theirs.
+    pub(crate) waiting: Vec<PortRecord>,
+    last_port: u16,
+    last_network: u16,
+    last_peer: u16,
     /// True while the configuration file is being applied.
     pub(crate) is_configuring: bool,
 }
@@ -112,19 +118,35 @@ impl Desired {
     /// Addresses in use in a network.
     pub(crate) fn addresses(&self, network: NetworkIndex) -> BTreeSet<IpAddr> {
         let ports = self.ports.values().filter(|port| port.network == network);
-        ports.flat_map(|port| port.record.spec.addresses.iter().copied()).collect()
+        let name = self.network_name(network);
+        let waiting = self.waiting.iter().filter(|record| record.spec.network.as_deref() == Some(&name));
+        let specs = ports.map(|port| &port.record.spec).chain(waiting.map(|record| &record.spec));
+        specs.flat_map(|spec| spec.addresses.iter().copied()).collect()
     }
 
-    pub(crate) fn free_port(&self) -> Option<PortId> {
-        (UPLINK_PORT.0 + 1..u16::MAX).map(PortId).find(|id| !self.ports.contains_key(id))
+    /// True if a place exists and belongs to a bridged network.
+    pub(crate) fn is_at(&self, network: NetworkIndex, location: Location) -> bool {
+        self.is_bridged(network)
+            && match location {
+                Location::Port(port) => self.ports.get(&port).is_some_and(|entry| entry.network == network),
+                Location::Peer(peer) => self.peers.values().any(|entry| entry.index == peer),
+            }
     }
 
-    pub(crate) fn free_network(&self) -> Option<NetworkIndex> {
-        (0..u16::MAX).map(NetworkIndex).find(|&index| self.networks.values().all(|network| network.index != index))
+    pub(crate) fn free_port(&mut self) -> Option<PortId> {
+        let waiting = self.waiting.iter().map(|record| record.id.0);
+        let used: BTreeSet<u16> = self.ports.keys().map(|id| id.0).chain(waiting).chain([UPLINK_PORT.0]).collect();
+        next_free(&mut self.last_port, &used).map(PortId)
     }
 
-    pub(crate) fn free_peer(&self) -> Option<PeerIndex> {
-        (0..u16::MAX).map(PeerIndex).find(|&index| self.peers.values().all(|peer| peer.index != index))
+    pub(crate) fn free_network(&mut self) -> Option<NetworkIndex> {
+        let used = self.networks.values().map(|network| network.index.0).collect();
+        next_free(&mut self.last_network, &used).map(NetworkIndex)
+    }
+
+    pub(crate) fn free_peer(&mut self) -> Option<PeerIndex> {
+        let used = self.peers.values().map(|peer| peer.index.0).collect();
+        next_free(&mut self.last_peer, &used).map(PeerIndex)
     }
 
     /// What must survive a restart: what requests made, and not what the configuration file says anyway.
@@ -150,7 +172,7 @@ impl Desired {
                     at: entry.at.clone(),
                 })
             }),
-            ports: self.ports.values().map(|entry| entry.record.clone()).collect(),
+            ports: self.ports.values().map(|entry| &entry.record).chain(&self.waiting).cloned().collect(),
             cursors: self
                 .cursors
                 .iter()
@@ -162,6 +184,16 @@ impl Desired {
 
 pub(crate) fn not_found(message: impl Into<String>) -> ApiError {
     ApiError::new(ErrorCode::NotFound, message)
+}
+
+/// A number that was not given out lately, so that news about its last owner are not taken for its next one's. Numbers
+/// index arrays, so they stay within twice of what is in use.
+fn next_free(last: &mut u16, used: &BTreeSet<u16>) -> Option<u16> {
+    let limit = (used.len() * 2).clamp(1024, usize::from(u16::MAX)) as u32;
+    let found =
+        (1..=limit).map(|step| ((u32::from(*last) + step) % limit) as u16).find(|number| !used.contains(number))?;
+    *last = found;
+    Some(found)
 }
 
 fn values<T, U>(from: impl Iterator<Item = T>, keep: impl FnMut(T) -> Option<U>) -> Vec<U> {

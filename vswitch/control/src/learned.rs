@@ -2,7 +2,7 @@
 //!
 //! A network holds so many learned stations and no more. When it is full, a newcomer takes the place of the oldest
 //! station of whoever has the most; if that is the newcomer's own port or peer, it is not learned at all. One pod that
-//! floods MAC addresses so takes nothing from the others, and costs no search.
+//! floods MAC addresses so takes nothing from the others, and its newcomers cost no search for a victim.
 
 use std::collections::HashMap;
 

@@ -52,6 +52,8 @@ pub const UPLINK_PORT: PortId = PortId(0);
 pub struct ControlConfig {
     /// UDP port of VXLAN.
     pub udp_port: u16,
+    /// True if there shall be an uplink, whether it is there now or not.
+    pub has_uplink: bool,
     /// A learned station is forgotten after this long without a packet.
     pub fdb_ageing_ns: u64,
     /// Most learned stations of one network.
@@ -81,7 +83,12 @@ enum Dirty {
 
 impl Default for ControlConfig {
     fn default() -> Self {
-        ControlConfig { udp_port: vswitch_net::VXLAN_PORT, fdb_ageing_ns: 300_000_000_000, fdb_limit: 8192 }
+        ControlConfig {
+            udp_port: vswitch_net::VXLAN_PORT,
+            has_uplink: false,
+            fdb_ageing_ns: 300_000_000_000,
+            fdb_limit: 8192,
+        }
     }
 }
 
@@ -91,7 +98,7 @@ impl Control {
         Control {
             desired: Desired::default(),
             learned: Learned::new(config.fdb_ageing_ns, config.fdb_limit),
-            underlay: UnderlayView::new(config.udp_port),
+            underlay: UnderlayView::new(config.udp_port, config.has_uplink),
             tables: Tables::default(),
             generation: 0,
             dirty: Dirty::Change,
@@ -134,7 +141,8 @@ impl Control {
     /// Takes note of what a worker saw.
     pub fn learn(&mut self, now_ns: u64, event: Event) {
         let Event::Seen { network, mac, location } = event;
-        if self.desired.is_static(network, mac) || !self.desired.is_bridged(network) {
+        // News may be older than the removal of what they are about.
+        if self.desired.is_static(network, mac) || !self.desired.is_at(network, location) {
             return;
         }
         match self.learned.seen(now_ns, network, mac, location) {
@@ -182,7 +190,8 @@ impl Control {
 
     /// Tells how the kernel would reach a VTEP.
     pub fn set_next_hop(&mut self, vtep: std::net::IpAddr, next_hop: NextHop) {
-        if self.underlay.next_hops.get(&vtep) != Some(&next_hop) {
+        let is_wanted = self.vteps().any(|wanted| wanted == vtep);
+        if is_wanted && self.underlay.next_hops.get(&vtep) != Some(&next_hop) {
             self.underlay.next_hops.insert(vtep, next_hop);
             self.mark(Dirty::Change);
         }
@@ -213,6 +222,20 @@ impl Control {
     /// again. What cannot be taken over is named in the result.
     pub fn restore(&mut self, state: State, backend: &mut dyn Backend) -> Vec<String> {
         state::restore(self, state, backend)
+    }
+
+    /// Tries again to adopt ports that [`restore`](Self::restore) could not. Those whose links are gone are forgotten.
+    pub fn adopt_waiting(&mut self, link_exists: impl Fn(&str) -> bool, backend: &mut dyn Backend) {
+        for record in std::mem::take(&mut self.desired.waiting) {
+            if link_exists(&record.spec.link) && state::adopt(self, record.clone(), backend).is_err() {
+                self.desired.waiting.push(record);
+            }
+        }
+    }
+
+    /// Ports that wait to be adopted.
+    pub fn waiting(&self) -> usize {
+        self.desired.waiting.len()
     }
 
     fn mark(&mut self, dirty: Dirty) {

@@ -136,6 +136,7 @@ impl Control {
             workers: workers.iter().enumerate().map(|(worker, sample)| worker_info(worker, sample)).collect(),
             uplink,
             ports: self.desired.ports.len(),
+            ports_waiting: self.waiting(),
             networks: self.desired.networks.len(),
             peers: peers.len(),
             peers_reachable: peers.iter().filter(|peer| peer.state == "reachable").count(),

@@ -57,9 +57,9 @@ pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Bac
         }
     }
     for record in ports {
-        let link = record.spec.link.clone();
-        if let Err(error) = restore_port(control, record, backend) {
-            lost.push(format!("port of link {link}: {error}"));
+        if let Err(error) = adopt(control, record.clone(), backend) {
+            lost.push(format!("port of link {}: {error}", record.spec.link));
+            control.desired.waiting.push(record);
         }
     }
     for station in stations {
@@ -70,7 +70,8 @@ pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Bac
     lost
 }
 
-fn restore_port(control: &mut Control, record: PortRecord, backend: &mut dyn Backend) -> Result<(), String> {
+/// Makes a port again of its record.
+pub(crate) fn adopt(control: &mut Control, record: PortRecord, backend: &mut dyn Backend) -> Result<(), String> {
     let network = control.desired.network(record.spec.network.as_deref()).map_err(|error| error.message)?.clone();
     control.check_port(&record.spec, &network).map_err(|error| error.message)?;
     if control.desired.ports.contains_key(&record.id) {

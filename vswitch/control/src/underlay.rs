@@ -7,6 +7,9 @@ use vswitch_net::{MacAddr, POD_LINK_MTU, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6};
 
 use crate::backend::Attached;
 
+/// What every Ethernet carries; taken for an uplink that is not there yet.
+const ETHERNET_MTU: u32 = 1500;
+
 /// The uplink as it is now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UplinkState {
@@ -42,6 +45,7 @@ pub(crate) struct UnderlayView {
     pub(crate) uplink: Option<UplinkState>,
     pub(crate) next_hops: BTreeMap<IpAddr, NextHop>,
     pub(crate) udp_port: u16,
+    has_uplink: bool,
 }
 
 impl UplinkState {
@@ -55,16 +59,22 @@ impl UplinkState {
 }
 
 impl UnderlayView {
-    pub(crate) fn new(udp_port: u16) -> UnderlayView {
-        UnderlayView { uplink: None, next_hops: BTreeMap::new(), udp_port }
+    pub(crate) fn new(udp_port: u16, has_uplink: bool) -> UnderlayView {
+        UnderlayView { uplink: None, next_hops: BTreeMap::new(), udp_port, has_uplink }
     }
 
-    /// MTU of routes that leave the node: the uplink's, less the largest header in use.
+    /// MTU of routes that leave the node: the uplink's, less the largest header that may come to be used. A pod keeps
+    /// what it was told, so a peer of the other family that comes later must be served too.
     pub(crate) fn wire_mtu(&self, mut peers: impl Iterator<Item = IpAddr>) -> u32 {
-        let Some(uplink) = &self.uplink else { return POD_LINK_MTU };
-        let has_v6 = peers.any(|peer| peer.is_ipv6()) || uplink.v4.is_none();
-        let overhead = if has_v6 { VXLAN_OVERHEAD_V6 } else { VXLAN_OVERHEAD_V4 };
-        uplink.mtu.saturating_sub(overhead).min(POD_LINK_MTU)
+        let (mtu, may_be_v6) = match &self.uplink {
+            Some(uplink) => {
+                (uplink.mtu, uplink.v6.is_some() || uplink.v4.is_none() || peers.any(|peer| peer.is_ipv6()))
+            }
+            None if self.has_uplink => (ETHERNET_MTU, true),
+            None => return POD_LINK_MTU,
+        };
+        let overhead = if may_be_v6 { VXLAN_OVERHEAD_V6 } else { VXLAN_OVERHEAD_V4 };
+        mtu.saturating_sub(overhead).min(POD_LINK_MTU)
     }
 
     /// What stands between us and a peer, or `reachable`.

@@ -3,7 +3,7 @@
 //! Anti-spoofing first, then what the switch answers itself (ARP and neighbor solicitation for a gateway), then the FDB
 //! or the routes. The verdict is pure; learning and the flow entry are the caller's.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use vswitch_net::MacAddr;
 
@@ -16,6 +16,7 @@ use crate::verdict::{Action, DropReason, Rewrite, Verdict};
 
 /// ICMPv6 types of neighbor discovery (RFC 4861 section 4).
 const ROUTER_SOLICITATION: u8 = 133;
+const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOR_SOLICITATION: u8 = 135;
 const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
@@ -55,6 +56,11 @@ pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
             Decision { verdict, learn: None }
         }
     }
+}
+
+/// Whether packets like this one may take the flow table's way: not those whose contents are judged, which no key holds.
+pub(crate) fn is_cacheable(meta: &Meta) -> bool {
+    meta.kind != Kind::Arp && !is_discovery(meta)
 }
 
 /// Forwarding by MAC (802.1Q-2018 section 8.6).
@@ -160,16 +166,33 @@ fn check_sender(meta: &Meta, head: &[u8], access: &Access) -> Result<(), DropRea
             if !is_local && !owns(source) {
                 return Err(DropReason::SpoofedAddress);
             }
-            if is_discovery(meta) && icmp_type(meta) == NEIGHBOR_ADVERTISEMENT {
-                let target = v6_at(head, usize::from(meta.l4) + 8)?;
-                if !target.is_unicast_link_local() && !owns(target.into()) {
-                    return Err(DropReason::SpoofedNeighbor);
-                }
+            if is_discovery(meta) {
+                check_discovery(meta, head, access)?;
             }
             Ok(())
         }
         Kind::Other => Ok(()),
     }
+}
+
+/// What a pod may say in neighbor discovery: it is no router, and it has its own addresses and the link-local one of its
+/// MAC.
+fn check_discovery(meta: &Meta, head: &[u8], access: &Access) -> Result<(), DropReason> {
+    match icmp_type(meta) {
+        ROUTER_ADVERTISEMENT | REDIRECT => Err(DropReason::SpoofedNeighbor),
+        NEIGHBOR_ADVERTISEMENT => {
+            let target = v6_at(head, usize::from(meta.l4) + 8)?;
+            let is_own = access.addresses.contains(&target.into()) || target == link_local(access.mac);
+            if is_own { Ok(()) } else { Err(DropReason::SpoofedNeighbor) }
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The link-local address that a MAC gives (RFC 4291 appendix A).
+fn link_local(mac: MacAddr) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac.0.map(u16::from);
+    Ipv6Addr::new(0xfe80, 0, 0, 0, (a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f)
 }
 
 fn answer_arp(meta: &Meta, head: &[u8], gateway: &Gateway) -> Result<Verdict, DropReason> {

@@ -10,7 +10,7 @@ use crate::counters::Counters;
 use crate::meta::{Checksum, Kind, Meta};
 use crate::parse::UDP;
 use crate::port::PortIo;
-use crate::snapshot::{Network, Snapshot};
+use crate::snapshot::{Network, PortKind, Snapshot};
 use crate::verdict::{DropReason, Rewrite};
 use crate::vxlan::ETHERNET;
 
@@ -38,6 +38,11 @@ impl<P: PortIo> Egress<'_, P> {
         let Some(info) = self.snapshot.port(port) else {
             return self.drop(packet, meta.ingress, DropReason::NoPort);
         };
+        if let PortKind::Access(access) = &info.kind
+            && access.network != meta.network
+        {
+            return self.drop(packet, meta.ingress, DropReason::NoPort);
+        }
         if packet.len() > info.mtu as usize + ETHERNET {
             return self.drop(packet, meta.ingress, DropReason::TooBigForPort);
         }

@@ -14,6 +14,11 @@ pub trait PortIo {
     /// The packet comes back if there is no room.
     fn tx_push(&mut self, umem: &mut Umem, packet: Packet, checksum: Option<TxChecksum>) -> Result<(), Packet>;
 
+    /// False while there is no frame to receive into; the port is then polled until there is one.
+    fn can_receive(&self) -> bool {
+        true
+    }
+
     /// Sends what is queued and takes sent frames back. True if nothing is under way any more.
     fn flush(&mut self, umem: &mut Umem) -> bool;
 }
@@ -32,5 +37,9 @@ impl PortIo for XskSocket {
     #[inline]
     fn flush(&mut self, umem: &mut Umem) -> bool {
         XskSocket::flush(self, umem) && !self.is_sending()
+    }
+
+    fn can_receive(&self) -> bool {
+        XskSocket::can_receive(self)
     }
 }

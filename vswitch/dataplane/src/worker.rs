@@ -8,7 +8,7 @@ use vswitch_net::PortId;
 use vswitch_xsk::{Packet, Umem, prefetch};
 
 use crate::counters::Counters;
-use crate::decide::decide;
+use crate::decide::{decide, is_cacheable};
 use crate::egress::{Egress, Ports};
 use crate::event::{Event, Events};
 use crate::meta::Meta;
@@ -161,11 +161,11 @@ impl<P: PortIo> Worker<P> {
                 received += count;
                 self.active[at].1 = 0;
                 self.process(port, now_ns, snapshot);
-            } else if quiet >= self.config.idle_turns {
+            } else if quiet >= self.config.idle_turns && self.can_receive(port) {
                 self.park(at);
                 continue;
             } else {
-                self.active[at].1 = quiet + 1;
+                self.active[at].1 = quiet.saturating_add(1);
             }
             at += 1;
         }
@@ -223,6 +223,11 @@ impl<P: PortIo> Worker<P> {
         self.flows.dump(since_ns).take(limit).copied().collect()
     }
 
+    /// False for a port that could not become readable, and so must not be waited for.
+    fn can_receive(&self, port: PortId) -> bool {
+        self.port(port).is_none_or(PortIo::can_receive)
+    }
+
     /// Takes the port at `at` of the active list off it.
     fn park(&mut self, at: usize) {
         let (port, _) = self.active.swap_remove(at);
@@ -259,7 +264,9 @@ impl<P: PortIo> Worker<P> {
             } else {
                 out.counters.flow_misses += 1;
                 slot.action = miss(&mut slot.packet, meta, now_ns, &mut out, events);
-                if let Some(action) = slot.action {
+                if let Some(action) = slot.action
+                    && is_cacheable(meta)
+                {
                     flows.insert(&meta.key, meta.hash, snapshot.generation, now_ns, action, bytes);
                 }
             }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 #[serde(transparent)]
 pub struct PortId(pub u16);
 
-/// A network of the snapshot: an index that stays with its VNI for the life of the daemon.
+/// A network of the snapshot: an index that is its own until it is removed, and nobody's for a while after.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NetworkIndex(pub u16);
 

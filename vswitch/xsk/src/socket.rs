@@ -278,6 +278,11 @@ impl XskSocket {
         pending == 0
     }
 
+    /// True if the kernel has frames for a full packet; false when the umem had none to give.
+    pub fn can_receive(&self) -> bool {
+        self.filled >= FILL_MIN / 2
+    }
+
     /// True while frames are with the kernel for sending.
     pub fn is_sending(&self) -> bool {
         self.sending > 0
