@@ -53,3 +53,43 @@ fn a_pod_that_went_while_nobody_looked_leaves_nothing() {
     let frames = &status["workers"][0];
     assert_eq!(frames["umem_free"], frames["umem_frames"], "every frame came home");
 }
+
+/// While no switch runs, a pod must not find the host behind its link, however hard it tries.
+#[test]
+fn without_the_daemon_pods_do_not_reach_the_host() {
+    let Some(mut bench) = bench("seal") else { return };
+    let (mut daemon, pods) = node_with_pods(&mut bench, ALONE, 1);
+    let (node, pod) = (daemon.node.clone(), &pods[0].0);
+    node.ip("addr add 10.99.0.1/32 dev lo").unwrap();
+    node.ip("addr add fd99::1/128 dev lo nodad").unwrap();
+    let port = daemon.ctl(&["port", "list"]).unwrap()["ports"][0]["link"].as_str().unwrap().to_owned();
+    let links: serde_json::Value =
+        serde_json::from_str(&node.run(5, &["ip", "-j", "link", "show", &port]).unwrap()).unwrap();
+    let mac = links[0]["address"].as_str().unwrap();
+    daemon.kill();
+    // It need not ask for the MAC of the other end: it knows it.
+    for gateway in ["169.254.1.1", "fe80::1"] {
+        pod.ip(&format!("neigh replace {gateway} lladdr {mac} dev eth0 nud permanent")).unwrap();
+    }
+    assert!(!pod.pings("10.99.0.1", 3, 1));
+    assert!(!pod.pings("fd99::1", 3, 1));
+    let received = |file: &str| {
+        let text = node.run(5, &["cat", file]).unwrap();
+        text.lines().filter(|line| line.contains("Icmp")).map(str::to_owned).collect::<Vec<_>>().join("\n")
+    };
+    let v4 = received("/proc/net/snmp");
+    let names: Vec<&str> = v4.lines().find(|line| line.starts_with("Icmp: InMsgs")).unwrap().split(' ').collect();
+    let values: Vec<&str> =
+        v4.lines().find(|line| line.starts_with("Icmp: ") && !line.contains("InMsgs")).unwrap().split(' ').collect();
+    let echoes = names.iter().position(|name| *name == "InEchos").unwrap();
+    assert_eq!(values[echoes], "0", "{v4}");
+    let v6 = received("/proc/net/snmp6");
+    assert!(v6.lines().any(|line| line.split_whitespace().eq(["Icmp6InEchos", "0"])), "{v6}");
+    // The neighbor cache has it for sure: asking gets no answer.
+    for gateway in ["169.254.1.1", "fe80::1"] {
+        pod.ip(&format!("neigh del {gateway} dev eth0")).unwrap();
+    }
+    pod.ip("route replace 10.99.0.1 dev eth0").unwrap();
+    assert!(!pod.pings("10.99.0.1", 2, 1));
+    assert!(!pod.run(5, &["ip", "neigh", "show", "10.99.0.1"]).unwrap().contains(mac), "ARP was answered");
+}

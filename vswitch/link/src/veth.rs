@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 
 use ipnet::IpNet;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
-use rtnetlink::packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVeth, LinkAttribute};
+use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteMetric, RouteScope};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use vswitch_net::MacAddr;
@@ -32,7 +32,7 @@ pub struct VethSpec<'a> {
 impl Kernel {
     /// Makes a veth, its pod end in the pod's namespace, its end here up.
     ///
-    /// The end here gets no IPv6 address: it is the switch's, and the host's stack must not speak on it.
+    /// The end here is sealed: while no switch runs, what the pod sends must not reach the host's stack.
     ///
     /// # Errors
     ///
@@ -52,18 +52,22 @@ impl Kernel {
         let host = host.set_info_data(InfoData::Veth(InfoVeth::Peer(pod.build()))).build();
         let what = || format!("make the veth {} with its end {} in the pod", spec.host, spec.pod);
         self.handle.link().add(host).execute().await.map_err(|error| refused(what(), error))?;
-        let up = LinkMessageBuilder::<LinkUnspec>::new()
-            .name(spec.host)
-            .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![
-                AfSpecInet6::AddrGenMode(In6AddrGenMode::None),
-            ])]))
-            .up()
-            .build();
-        if let Err(error) = self.handle.link().set(up).execute().await {
+        let up = LinkMessageBuilder::<LinkUnspec>::new().name(spec.host).up().build();
+        let sealed = seal(spec.host);
+        let done = match sealed {
+            Ok(()) => self
+                .handle
+                .link()
+                .set(up)
+                .execute()
+                .await
+                .map_err(|error| refused(format!("set link {} up", spec.host), error)),
+            Err(error) => Err(error),
+        };
+        if done.is_err() {
             let _ = self.delete_link(spec.host).await;
-            return Err(refused(format!("set link {} up", spec.host), error));
         }
-        Ok(())
+        done
     }
 
     /// Deletes a link. True if there was one.
@@ -125,6 +129,22 @@ impl Kernel {
             .await
             .map_err(|error| refused(format!("add route {destination}"), error))
     }
+}
+
+/// Closes the host's stack to a link of ours (kernel document `networking/ip-sysctl.rst`). No route leads to the link, so
+/// strict reverse path filtering drops every IPv4 packet from it; ARP is not answered; IPv6 is off.
+fn seal(link: &str) -> Result<(), LinkError> {
+    let settings = [("ipv4", "rp_filter", "1"), ("ipv4", "arp_ignore", "8"), ("ipv6", "disable_ipv6", "1")];
+    for (family, name, value) in settings {
+        let path = format!("/proc/sys/net/{family}/conf/{link}/{name}");
+        match std::fs::write(&path, value) {
+            Ok(()) => {}
+            // A kernel without the family.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => return Err(LinkError::Refused { what: format!("write {path}"), source }),
+        }
+    }
+    Ok(())
 }
 
 fn route_message(ifindex: u32, destination: IpNet, gateway: Option<IpAddr>) -> RouteMessage {
