@@ -71,6 +71,7 @@ impl From<PlugError> for CniError {
             PlugError::Link(error) => error.into(),
             PlugError::Daemon(error) => error.into(),
             PlugError::Exists(_) => CniError::new(Code::Exists, error.to_string()),
+            PlugError::RouteExists(_) => CniError::new(Code::Refused, error.to_string()),
             PlugError::Mtu(_) => CniError::new(Code::InvalidConfig, error.to_string()),
             PlugError::OwnNamespace(_) => CniError::new(Code::InvalidEnvironment, error.to_string()),
         }

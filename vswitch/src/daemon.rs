@@ -80,10 +80,50 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Checks what can be checked of a configuration without a daemon: all but whether the uplink is there.
+///
+/// # Errors
+///
+/// What would keep the daemon from starting.
+pub(crate) fn check(config: &Config) -> anyhow::Result<()> {
+    choose_cores(&config.worker.cores, config.worker.count).map_err(|error| anyhow!(error))?;
+    let mut control = Control::new(control_config(config));
+    // A configuration adds no ports, so there is nothing to attach.
+    let mut links = Links::new(Vec::new(), config.daemon.xdp_mode.into(), clock_start());
+    configure(config, &mut control, &mut links)
+}
+
+/// Applies the configuration file.
+fn configure(config: &Config, control: &mut Control, links: &mut Links) -> anyhow::Result<()> {
+    for request in config.requests() {
+        let what = match &request {
+            Request::NetworkAdd(spec) => format!("[[network]] \"{}\"", spec.name),
+            Request::PeerAdd(spec) => format!("[[peer]] \"{}\"", spec.name),
+            Request::RouteAdd(spec) => format!("[[route]] {}", spec.prefix),
+            other => format!("{other:?}"),
+        };
+        control.configure(request, links).map_err(|error| anyhow!("configuration, {what}: {error}"))?;
+    }
+    Ok(())
+}
+
+fn control_config(config: &Config) -> ControlConfig {
+    ControlConfig {
+        udp_port: config.uplink.udp_port,
+        uplink: config.uplink.link.clone(),
+        fdb_ageing_ns: config.fdb.ageing_seconds.saturating_mul(1_000_000_000),
+        fdb_limit: config.fdb.limit,
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the daemon's clock starts here")]
+fn clock_start() -> Instant {
+    Instant::now()
+}
+
 impl Daemon {
-    #[expect(clippy::disallowed_methods, reason = "the daemon's clock starts here")]
     fn start(config: Config, store: Store) -> anyhow::Result<(Daemon, Receiver<Event>, Arc<Notify>)> {
-        let start = Instant::now();
+        let start = clock_start();
         let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
         let (events, inbox) = crossbeam_channel::bounded(EVENT_QUEUE);
         let news = Arc::new(Notify::new());
@@ -107,12 +147,7 @@ impl Daemon {
                 })
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
-        let control = Control::new(ControlConfig {
-            udp_port: config.uplink.udp_port,
-            has_uplink: config.uplink.link.is_some(),
-            fdb_ageing_ns: config.fdb.ageing_seconds.saturating_mul(1_000_000_000),
-            fdb_limit: config.fdb.limit,
-        });
+        let control = Control::new(control_config(&config));
         let links = Links::new(workers, config.daemon.xdp_mode.into(), start);
         let daemon = Daemon {
             config,
@@ -127,21 +162,8 @@ impl Daemon {
         Ok((daemon, inbox, news))
     }
 
-    /// Applies the configuration file.
     fn configure(&self) -> anyhow::Result<()> {
-        let mut control = self.control.borrow_mut();
-        for request in self.config.requests() {
-            let what = match &request {
-                Request::NetworkAdd(spec) => format!("[[network]] \"{}\"", spec.name),
-                Request::PeerAdd(spec) => format!("[[peer]] \"{}\"", spec.name),
-                Request::RouteAdd(spec) => format!("[[route]] {}", spec.prefix),
-                other => format!("{other:?}"),
-            };
-            control
-                .configure(request, &mut *self.links.borrow_mut())
-                .map_err(|error| anyhow!("configuration, {what}: {error}"))?;
-        }
-        Ok(())
+        configure(&self.config, &mut self.control.borrow_mut(), &mut self.links.borrow_mut())
     }
 
     async fn attach_uplink(&self) -> anyhow::Result<()> {
@@ -171,11 +193,16 @@ impl Daemon {
 
     async fn handle(&self, request: Request) -> Result<Answer, ApiError> {
         let is_change = changes(&request);
-        debug!(?request, "request");
+        let asked = format!("{request}");
         if let Request::PortAdd(spec) = &request {
             self.check_link(&spec.link).await?;
         }
         let answer = self.control.borrow_mut().handle(self.now_ns(), request, &mut *self.links.borrow_mut());
+        match &answer {
+            Ok(_) if !is_change => debug!("{asked}"),
+            Ok(_) => info!("{asked}"),
+            Err(error) => info!("{asked}: refused: {error}"),
+        }
         if is_change {
             self.publish();
             self.save();
@@ -189,7 +216,9 @@ impl Daemon {
         let system = |error: vswitch_link::LinkError| ApiError::new(ErrorCode::System, error.to_string());
         let refuse = |message: String| Err(ApiError::new(ErrorCode::Invalid, message));
         match self.kernel.link(name).await.map_err(system)? {
-            None => refuse(format!("no link {name} in the daemon's network namespace: see `ip link show`")),
+            None => refuse(format!(
+                "no link {name} in the daemon's network namespace: plug pods in from there (see `ip link show`)"
+            )),
             Some(link) if !link.is_veth => {
                 refuse(format!("link {name} is no veth: only the host end of a pod's veth can be a port"))
             }
@@ -293,11 +322,14 @@ async fn follow_kernel(daemon: Rc<Daemon>, watch: Watch) {
 async fn wait_for_end() -> std::io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    let mut hangup = signal(SignalKind::hangup())?;
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = hangup.recv() => warn!("the configuration is read at start only: restart to apply it; pods keep their links"),
+        }
     }
-    Ok(())
 }
 
 fn changes(request: &Request) -> bool {

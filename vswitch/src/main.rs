@@ -25,7 +25,7 @@ struct Arguments {
     /// The configuration file; `config/vswitch.toml` documents every key.
     #[arg(long, short, default_value = "/etc/vswitch/vswitch.toml")]
     config: PathBuf,
-    /// Reads and checks the configuration, and ends.
+    /// Reads and checks the configuration, and ends. Links are looked for at start only.
     #[arg(long)]
     check: bool,
 }
@@ -48,6 +48,10 @@ fn main() -> ExitCode {
         }
     };
     if arguments.check {
+        if let Err(error) = daemon::check(&config) {
+            eprintln!("vswitchd: {}: {}", arguments.config.display(), vswitch_api::sentence(error.as_ref()));
+            return ExitCode::from(1);
+        }
         println!("{} is fine", arguments.config.display());
         return ExitCode::SUCCESS;
     }

@@ -74,6 +74,14 @@ fn wrong_configurations_are_refused_in_one_sentence() {
     for (config, words) in cases {
         let error = bench.lab.daemon(&node, "node", config).expect_err(config).to_string();
         assert!(error.contains(words), "{config}: {error}");
+        // What needs no look at the kernel is found without starting.
+        let file = bench.lab.directory().join("node.toml");
+        let check =
+            Command::new(lab::binaries().join("vswitchd")).arg("--check").arg("--config").arg(file).output().unwrap();
+        let found = String::from_utf8_lossy(&check.stderr).into_owned();
+        let needs_the_kernel = config.contains("nope");
+        assert_eq!(check.status.code(), Some(if needs_the_kernel { 0 } else { 1 }), "{config}: {found}");
+        assert!(needs_the_kernel || found.contains(words), "{config}: {found}");
         let told = error.strip_prefix("vswitchd does not run: ").unwrap();
         assert_eq!(told.lines().filter(|line| line.starts_with("vswitchd:")).count(), 1, "{told}");
     }

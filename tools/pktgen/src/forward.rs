@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use anyhow::bail;
 use xsk_rs::FrameDesc;
 
 use crate::Count;
@@ -10,6 +11,9 @@ use crate::link::{Direction, Link};
 /// Moves packets both ways, and counts them.
 #[expect(clippy::disallowed_methods, reason = "a generator owns its clock")]
 pub(crate) fn run(from: &str, to: &str, time: Duration) -> anyhow::Result<Count> {
+    if from == to {
+        bail!("--from and --to are both {from}: name two links");
+    }
     let [mut from, mut to] = Link::open([from, to], Direction::Both)?;
     let mut count = Count::default();
     let mut burst = Vec::new();

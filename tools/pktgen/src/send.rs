@@ -10,6 +10,9 @@ use crate::link::{BURST, Direction, Link};
 use crate::template::{Shape, packets};
 use crate::{Count, Time};
 
+/// Bytes of a frame behind the kernel's headroom.
+const MAX_SIZE: usize = 3840;
+
 /// What to send.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -32,13 +35,13 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 9)]
     port: u16,
     /// Bytes of a packet from its Ethernet header on.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, value_parser = parse_size)]
     size: usize,
     /// Flows, told apart by their source ports.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     flows: u16,
     /// Packets a second; as fast as it goes unless named.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     rate: Option<u64>,
     #[command(flatten)]
     time: Time,
@@ -89,6 +92,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<Count> {
         link.reclaim();
     }
     Ok(count)
+}
+
+fn parse_size(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(size) if size <= MAX_SIZE => Ok(size),
+        _ => Err(format!("allowed are at most {MAX_SIZE} bytes: a packet has one frame here")),
+    }
 }
 
 fn due(rate: u64, elapsed: Duration) -> u64 {

@@ -90,7 +90,7 @@ pub(crate) enum PortCommand {
 
 #[derive(Debug, Args)]
 pub(crate) struct PortAdd {
-    /// The namespace to plug in, as /run/netns/blue; an interface is made in it.
+    /// The namespace to plug in, as /run/netns/blue; an interface is made in it. Or name a --link.
     #[arg(long, required_unless_present = "link", conflicts_with = "link")]
     pub(crate) netns: Option<PathBuf>,
     /// Name of the interface in the namespace.
@@ -105,7 +105,7 @@ pub(crate) struct PortAdd {
     /// MAC address of the pod's interface.
     #[arg(long)]
     pub(crate) mac: Option<MacAddr>,
-    /// Addresses; the built-in IPAM gives one a family unless named.
+    /// Addresses; if none is named, the built-in IPAM gives one a family.
     #[arg(long = "ip", value_name = "ADDRESS")]
     pub(crate) ips: Vec<IpAddr>,
     /// MTU of the pod's link.
@@ -307,7 +307,7 @@ pub(crate) enum ListCommand {
     List,
     /// One.
     Show {
-        /// Its name: a peer's, or a drop reason's.
+        /// Its name: for `neighbor` a peer's, for `drops` a reason's as `drops` lists them.
         name: String,
     },
 }

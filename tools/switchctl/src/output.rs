@@ -7,6 +7,9 @@ use comfy_table::{ContentArrangement, Table, presets};
 use ipnet::IpNet;
 use vswitch_api::{Answer, DropInfo, PortInfo, PortStats, StatsInfo, StatusInfo};
 
+/// Free addresses that nobody counts any more.
+const PLENTY: u64 = 1 << 32;
+
 /// What `show` names does not exist.
 #[derive(Debug)]
 pub(crate) struct Missing(pub(crate) String);
@@ -180,7 +183,10 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
                 uplink.copy_modes.join(",")
             )?;
         }
-        None => writeln!(out, "uplink: none; this node is on its own")?,
+        None => match &status.uplink_expected {
+            Some(link) => writeln!(out, "uplink {link}: gone; see `ip link show`")?,
+            None => writeln!(out, "uplink: none; this node is on its own")?,
+        },
     }
     writeln!(
         out,
@@ -191,7 +197,7 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
         writeln!(out, "{} ports of the last daemon wait to be adopted: see the daemon's log", status.ports_waiting)?;
     }
     for ipam in &status.ipam {
-        let free = if ipam.free == u64::MAX { "plenty".to_owned() } else { ipam.free.to_string() };
+        let free = if ipam.free > PLENTY { "plenty".to_owned() } else { ipam.free.to_string() };
         writeln!(out, "addresses of {} in {}: {} used, {free} free", ipam.network, ipam.range, ipam.used)?;
     }
     table(

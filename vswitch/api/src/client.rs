@@ -14,7 +14,7 @@ const MAX_ANSWER_BYTES: u64 = 256 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens.
-    #[error("cannot reach vswitchd at {path}: {source}; is the daemon running? (`systemctl status vswitchd`)")]
+    #[error("cannot reach vswitchd at {path}: {source}; {}", remedy(source))]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -30,6 +30,13 @@ pub enum ClientError {
     /// The daemon refused.
     #[error(transparent)]
     Refused(#[from] ApiError),
+}
+
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "only root may talk to it",
+        _ => "is the daemon running? (`systemctl status vswitchd`)",
+    }
 }
 
 /// A connection to the daemon.

@@ -242,6 +242,35 @@ impl PortSpec {
     }
 }
 
+/// As a line of the log.
+impl std::fmt::Display for Request {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Request::PortAdd(spec) => {
+                write!(f, "port add {}", spec.link)?;
+                if let Some(attachment) = &spec.attachment {
+                    write!(f, " for {} of container {}", attachment.ifname, attachment.container_id)?;
+                }
+                match spec.labels.get("K8S_POD_NAME") {
+                    Some(pod) => write!(f, ", pod {pod}"),
+                    None => Ok(()),
+                }
+            }
+            Request::PortDel { link } => write!(f, "port del {link}"),
+            Request::PortGc { owner, valid } => write!(f, "port gc of {owner}, {} valid", valid.len()),
+            Request::NetworkAdd(spec) => write!(f, "network add {} vni {}", spec.name, spec.vni),
+            Request::NetworkDel { name } => write!(f, "network del {name}"),
+            Request::PeerAdd(spec) => write!(f, "peer add {} vtep {}", spec.name, spec.vtep),
+            Request::PeerDel { name } => write!(f, "peer del {name}"),
+            Request::FdbAdd(spec) => write!(f, "fdb add {} in {} at {}", spec.mac, spec.network, spec.at),
+            Request::FdbDel { network, mac } => write!(f, "fdb del {mac} in {network}"),
+            Request::RouteAdd(spec) => write!(f, "route add {} in {} to peer {}", spec.prefix, spec.network, spec.peer),
+            Request::RouteDel { network, prefix } => write!(f, "route del {prefix} in {network}"),
+            question => write!(f, "{question:?}"),
+        }
+    }
+}
+
 impl std::fmt::Display for FdbTarget {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

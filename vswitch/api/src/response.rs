@@ -78,6 +78,8 @@ pub struct StatusInfo {
     pub workers: Vec<WorkerInfo>,
     /// The uplink, if there is one.
     pub uplink: Option<UplinkInfo>,
+    /// The link that the configuration names as the uplink.
+    pub uplink_expected: Option<String>,
     /// Number of ports.
     pub ports: usize,
     /// Ports of a former daemon that could not be adopted yet; the log says why.

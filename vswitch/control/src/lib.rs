@@ -48,12 +48,12 @@ use crate::underlay::UnderlayView;
 pub const UPLINK_PORT: PortId = PortId(0);
 
 /// Limits and times that the configuration sets.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ControlConfig {
     /// UDP port of VXLAN.
     pub udp_port: u16,
-    /// True if there shall be an uplink, whether it is there now or not.
-    pub has_uplink: bool,
+    /// The link that shall be the uplink, whether it is there now or not.
+    pub uplink: Option<String>,
     /// A learned station is forgotten after this long without a packet.
     pub fdb_ageing_ns: u64,
     /// Most learned stations of one network.
@@ -85,7 +85,7 @@ impl Default for ControlConfig {
     fn default() -> Self {
         ControlConfig {
             udp_port: vswitch_net::VXLAN_PORT,
-            has_uplink: false,
+            uplink: None,
             fdb_ageing_ns: 300_000_000_000,
             fdb_limit: 8192,
         }
@@ -98,7 +98,7 @@ impl Control {
         Control {
             desired: Desired::default(),
             learned: Learned::new(config.fdb_ageing_ns, config.fdb_limit),
-            underlay: UnderlayView::new(config.udp_port, config.has_uplink),
+            underlay: UnderlayView::new(config.udp_port, config.uplink),
             tables: Tables::default(),
             generation: 0,
             dirty: Dirty::Change,

@@ -135,6 +135,7 @@ impl Control {
             generation: self.generation,
             workers: workers.iter().enumerate().map(|(worker, sample)| worker_info(worker, sample)).collect(),
             uplink,
+            uplink_expected: self.underlay.expected.clone(),
             ports: self.desired.ports.len(),
             ports_waiting: self.waiting(),
             networks: self.desired.networks.len(),

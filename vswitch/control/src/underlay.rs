@@ -45,7 +45,8 @@ pub(crate) struct UnderlayView {
     pub(crate) uplink: Option<UplinkState>,
     pub(crate) next_hops: BTreeMap<IpAddr, NextHop>,
     pub(crate) udp_port: u16,
-    has_uplink: bool,
+    /// The link that shall be the uplink.
+    pub(crate) expected: Option<String>,
 }
 
 impl UplinkState {
@@ -59,8 +60,8 @@ impl UplinkState {
 }
 
 impl UnderlayView {
-    pub(crate) fn new(udp_port: u16, has_uplink: bool) -> UnderlayView {
-        UnderlayView { uplink: None, next_hops: BTreeMap::new(), udp_port, has_uplink }
+    pub(crate) fn new(udp_port: u16, expected: Option<String>) -> UnderlayView {
+        UnderlayView { uplink: None, next_hops: BTreeMap::new(), udp_port, expected }
     }
 
     /// MTU of routes that leave the node: the uplink's, less the largest header that may come to be used. A pod keeps
@@ -70,7 +71,7 @@ impl UnderlayView {
             Some(uplink) => {
                 (uplink.mtu, uplink.v6.is_some() || uplink.v4.is_none() || peers.any(|peer| peer.is_ipv6()))
             }
-            None if self.has_uplink => (ETHERNET_MTU, true),
+            None if self.expected.is_some() => (ETHERNET_MTU, true),
             None => return POD_LINK_MTU,
         };
         let overhead = if may_be_v6 { VXLAN_OVERHEAD_V6 } else { VXLAN_OVERHEAD_V4 };
@@ -80,7 +81,10 @@ impl UnderlayView {
     /// What stands between us and a peer, or `reachable`.
     pub(crate) fn peer_state(&self, vtep: IpAddr) -> String {
         let Some(uplink) = &self.uplink else {
-            return "no uplink: set uplink.link in the configuration".to_owned();
+            return match &self.expected {
+                Some(link) => format!("the uplink {link} is gone: see `ip link show`"),
+                None => "no uplink: set uplink.link in the configuration".to_owned(),
+            };
         };
         if uplink.vtep_for(vtep).is_none() {
             let family = if vtep.is_ipv4() { "IPv4" } else { "IPv6" };

@@ -9,6 +9,8 @@ use vswitch_net::{MacAddr, POD_LINK_MTU, POD_LINK_MTU_MIN};
 
 use crate::{Kernel, LinkError, Netns, VethSpec, features};
 
+const EEXIST: i32 = 17;
+
 /// Why a pod was not plugged in.
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
@@ -21,6 +23,9 @@ pub enum PlugError {
     /// The pod has such an interface already.
     #[error("the namespace has an interface \"{0}\" already: delete it, or choose another name")]
     Exists(String),
+    /// Another interface of the pod has the route.
+    #[error("the namespace has a route to {0} already: only one of its interfaces can be of a routed network")]
+    RouteExists(ipnet::IpNet),
     /// The kernel would refuse it without saying why.
     #[error("mtu: {0} is not allowed; allowed are {POD_LINK_MTU_MIN} to {POD_LINK_MTU}")]
     Mtu(u32),
@@ -109,7 +114,10 @@ async fn configure(pod: &Kernel, netns: &Netns, ifname: &str, info: &PortInfo) -
         pod.add_address(link.ifindex, address).await?;
     }
     for route in &info.routes {
-        pod.add_route(link.ifindex, route.destination, route.gateway, route.mtu).await?;
+        match pod.add_route(link.ifindex, route.destination, route.gateway, route.mtu).await {
+            Err(error) if error.errno() == Some(EEXIST) => return Err(PlugError::RouteExists(route.destination)),
+            other => other?,
+        }
     }
     Ok(())
 }

@@ -60,7 +60,8 @@ pub enum XdpPreference {
 pub enum ProgramError {
     /// The kernel refused the program or a map.
     #[error(
-        "cannot load the XDP program: {0}; run as root or with CAP_BPF and CAP_NET_ADMIN, and see that `sysctl kernel.unprivileged_bpf_disabled` and the kernel's lockdown mode allow it"
+        "cannot load the XDP program: {}; run as root or with CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN, where the kernel's lockdown mode allows it",
+        first_line(.0)
     )]
     Load(#[source] Box<EbpfError>),
     /// The link refused the program.
@@ -187,6 +188,11 @@ fn write_vtep(map: &mut Array<MapData, [u8; 24]>, vtep: Vtep) -> Result<(), Prog
 
 fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, ProgramError> {
     ebpf.take_map(name).ok_or(ProgramError::Missing(name))
+}
+
+/// The verifier's whole log would bury the sentence.
+fn first_line(error: &EbpfError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 fn load_error(error: EbpfError) -> ProgramError {
