@@ -134,3 +134,58 @@ fn a_port_too_many_is_refused_and_the_others_go_on() {
     assert!(pods[1].0.pings(&pods[0].1[0], 5, 3));
     assert_balanced(&daemon);
 }
+
+/// Two nodes with two workers each: every worker needs a queue of the uplink, and uses it.
+#[test]
+fn an_uplink_has_a_queue_for_every_worker() {
+    let Some(mut bench) = bench("queues") else { return };
+    let lab = &mut bench.lab;
+    let nodes = [lab.namespace("one").unwrap(), lab.namespace("two").unwrap()];
+    let config = |own: usize, other: usize| {
+        format!(
+            "[worker]\ncount = 2\numem_frames = 8192\n[uplink]\nlink = \"wire\"\n[[network]]\nname = \"pods\"\nvni = 1\n\
+             ranges = [\"10.244.{own}.0/24\"]\n[[peer]]\nname = \"other\"\nvtep = \"192.0.2.{other}\"\n[[route]]\n\
+             network = \"pods\"\nprefix = \"10.244.{other}.0/24\"\npeer = \"other\"\n"
+        )
+    };
+    lab.wire([(&nodes[0], "wire", &["192.0.2.1/24"]), (&nodes[1], "wire", &["192.0.2.2/24"])], 1500).unwrap();
+    let error = lab.daemon(&nodes[0], "one", &config(1, 2)).expect_err("one queue for two workers").to_string();
+    assert!(error.contains("fewer queues than the switch has workers"), "{error}");
+    nodes[0].ip("link del wire").unwrap();
+    let queues = "numtxqueues 2 numrxqueues 2";
+    nodes[0].ip(&format!("link add wire {queues} type veth peer name wire {queues} netns {}", nodes[1].name)).unwrap();
+    for (at, node) in nodes.iter().enumerate() {
+        node.ip(&format!("addr add 192.0.2.{}/24 dev wire", at + 1)).unwrap();
+        node.ip("link set wire up").unwrap();
+    }
+    let daemons =
+        [lab.daemon(&nodes[0], "one", &config(1, 2)).unwrap(), lab.daemon(&nodes[1], "two", &config(2, 1)).unwrap()];
+    let pods = [crate::add_pod(lab, &daemons[0], "a"), crate::add_pod(lab, &daemons[1], "b")];
+    pods[0].0.await_ping(&pods[1].1[0]).unwrap();
+    crate::serve_iperf3(lab, &pods[1].0);
+    let rate = pods[0].0.iperf3(&pods[1].1[0], 2, &["-P", "8"]).unwrap();
+    println!("TCP over VXLAN, two workers a node, 8 streams: {:.2} Gbit/s", rate / 1e9);
+    for daemon in &daemons {
+        assert_balanced(daemon);
+        let drops = daemon.ctl(&["drops"]).unwrap();
+        let no_port = drops["drops"].as_array().unwrap().iter().any(|drop| drop["reason"] == "no-port");
+        assert!(!no_port, "{drops}");
+    }
+}
+
+#[test]
+fn pods_may_come_all_at_once() {
+    const PODS: usize = 16;
+    let Some(mut bench) = bench("burst") else { return };
+    let (daemon, _) = node_with_pods(&mut bench, ALONE, 0);
+    let pods: Vec<_> = (0..PODS).map(|number| bench.lab.namespace(&format!("p{number}")).unwrap()).collect();
+    let conflist = crate::conflist();
+    let addresses: Vec<Vec<String>> = std::thread::scope(|scope| {
+        let adds: Vec<_> = pods.iter().map(|pod| scope.spawn(|| daemon.add_pod(pod, &conflist).unwrap())).collect();
+        adds.into_iter().map(|add| add.join().unwrap()).collect()
+    });
+    for (at, pod) in pods.iter().enumerate() {
+        assert!(pod.pings(&addresses[(at + 1) % PODS][0], 2, 3), "{}", pod.name);
+    }
+    assert_eq!(daemon.ctl(&["port", "list"]).unwrap()["ports"].as_array().unwrap().len(), PODS);
+}

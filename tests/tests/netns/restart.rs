@@ -93,3 +93,42 @@ fn without_the_daemon_pods_do_not_reach_the_host() {
     assert!(!pod.pings("10.99.0.1", 2, 1));
     assert!(!pod.run(5, &["ip", "neigh", "show", "10.99.0.1"]).unwrap().contains(mac), "ARP was answered");
 }
+
+/// Pod links have as many queues as there were workers.
+#[test]
+fn another_number_of_workers_loses_no_port() {
+    let Some(mut bench) = bench("count") else { return };
+    let config = |count: usize| format!("[worker]\ncount = {count}\numem_frames = 8192\n{ALONE}");
+    let (mut daemon, pods) = node_with_pods(&mut bench, &config(2), 2);
+    let set = |daemon: &lab::Daemon, count: usize| {
+        let text = std::fs::read_to_string(&daemon.config).unwrap();
+        let changed = text
+            .lines()
+            .map(|line| if line.starts_with("count") { format!("count = {count}") } else { line.to_owned() });
+        std::fs::write(&daemon.config, changed.collect::<Vec<_>>().join("\n")).unwrap();
+    };
+    let counts = |daemon: &lab::Daemon| {
+        let status = daemon.ctl(&["status"]).unwrap();
+        (status["ports"].as_u64().unwrap(), status["ports_waiting"].as_u64().unwrap())
+    };
+    // Fewer workers take all queues.
+    daemon.stop();
+    set(&daemon, 1);
+    daemon.start().unwrap();
+    assert_eq!(counts(&daemon), (2, 0));
+    crate::serve_iperf3(&mut bench.lab, &pods[1].0);
+    pods[0].0.iperf3(&pods[1].1[0], 1, &["-P", "8"]).unwrap();
+    // More workers than queues: the ports wait, and nobody gets their addresses.
+    daemon.stop();
+    set(&daemon, 3);
+    daemon.start().unwrap();
+    assert_eq!(counts(&daemon), (0, 2));
+    let (_, late) = crate::add_pod(&mut bench.lab, &daemon, "late");
+    assert!(!pods.iter().any(|(_, addresses)| addresses[0] == late[0]));
+    daemon.kill();
+    set(&daemon, 2);
+    daemon.start().unwrap();
+    assert_eq!(counts(&daemon), (3, 0));
+    assert!(pods[0].0.pings(&pods[1].1[0], 5, 3));
+    assert!(pods[0].0.pings(&late[0], 5, 3));
+}
