@@ -72,7 +72,8 @@ impl From<PlugError> for CniError {
             PlugError::Daemon(error) => error.into(),
             PlugError::Exists(_) => CniError::new(Code::Exists, error.to_string()),
             PlugError::RouteExists(_) => CniError::new(Code::Refused, error.to_string()),
-            PlugError::Mtu(_) => CniError::new(Code::InvalidConfig, error.to_string()),
+            PlugError::Ifname(_) => CniError::new(Code::InvalidEnvironment, error.to_string()),
+            PlugError::Mac(_) | PlugError::Mtu(_) => CniError::new(Code::InvalidConfig, error.to_string()),
             PlugError::OwnNamespace(_) => CniError::new(Code::InvalidEnvironment, error.to_string()),
         }
     }

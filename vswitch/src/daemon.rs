@@ -192,7 +192,7 @@ impl Daemon {
     }
 
     async fn handle(&self, request: Request) -> Result<Answer, ApiError> {
-        let is_change = changes(&request);
+        let is_change = !request.is_question();
         let asked = format!("{request}");
         if let Request::PortAdd(spec) = &request {
             self.check_link(&spec.link).await?;
@@ -330,22 +330,6 @@ async fn wait_for_end() -> std::io::Result<()> {
             _ = hangup.recv() => warn!("the configuration is read at start only: restart to apply it; pods keep their links"),
         }
     }
-}
-
-fn changes(request: &Request) -> bool {
-    !matches!(
-        request,
-        Request::Status
-            | Request::PortList { .. }
-            | Request::NetworkList
-            | Request::PeerList
-            | Request::FdbList { .. }
-            | Request::RouteList { .. }
-            | Request::NeighborList
-            | Request::FlowList { .. }
-            | Request::Stats
-            | Request::Drops
-    )
 }
 
 /// `sd_notify(3)`: one datagram, if systemd asked for it.

@@ -226,6 +226,7 @@ fn wrong_configurations_are_refused_in_one_sentence() {
         ("brigde", json!("cni0"), 7, "unknown key \"brigde\" in the network configuration; allowed are cniVersion"),
         ("ips", json!(["10.0.0"]), 7, "ips: \"10.0.0\" is no address"),
         ("mac", json!("02:00"), 7, "\"02:00\" is no MAC address"),
+        ("mac", json!("03:00:00:00:00:01"), 7, "mac: 03:00:00:00:00:01 is no station's address"),
         ("mtu", json!("big"), 7, "invalid type: string \"big\", expected u32"),
         ("ipam", json!({"type": "no-such-plugin"}), 7, "no plugin \"no-such-plugin\" in CNI_PATH"),
         ("ipam", json!({"type": "../evil"}), 7, "is no plugin's name"),

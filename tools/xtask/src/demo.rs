@@ -33,6 +33,9 @@ pub(crate) fn run(keep: bool, as_json: bool) -> anyhow::Result<bool> {
     if let Some(reason) = lab::missing_privilege() {
         bail!("{reason}");
     }
+    if directory().exists() {
+        eprintln!("demo: the one that was kept is removed first");
+    }
     let mut demo = Demo::build()?;
     demo.check_pings();
     demo.check_tcp();
@@ -53,7 +56,17 @@ pub(crate) fn run(keep: bool, as_json: bool) -> anyhow::Result<bool> {
 
 /// Removes what `--keep` left.
 pub(crate) fn down() {
-    lab::remove(PREFIX, &std::env::temp_dir().join(format!("vswitch-{PREFIX}")));
+    if !directory().exists() {
+        println!("no demo is up");
+        return;
+    }
+    lab::remove(PREFIX, &directory());
+    println!("the demo is gone");
+}
+
+/// Where a kept demo has its files.
+fn directory() -> std::path::PathBuf {
+    lab::directory_of(PREFIX)
 }
 
 impl Demo {

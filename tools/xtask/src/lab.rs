@@ -63,6 +63,11 @@ pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap_or(Path::new(".")).to_owned()
 }
 
+/// Where a laboratory of this prefix has its files.
+pub fn directory_of(prefix: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("vswitch-{prefix}"))
+}
+
 /// Why namespaces cannot be made here, if they cannot.
 pub fn missing_privilege() -> Option<String> {
     let name = format!("vsw-probe-{}", std::process::id());
@@ -82,7 +87,7 @@ impl Lab {
     ///
     /// If its directory cannot be made.
     pub fn new(prefix: &str) -> anyhow::Result<Lab> {
-        let directory = std::env::temp_dir().join(format!("vswitch-{prefix}"));
+        let directory = directory_of(prefix);
         remove(prefix, &directory);
         fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
         Ok(Lab {

@@ -242,6 +242,25 @@ impl PortSpec {
     }
 }
 
+impl Request {
+    /// True if it only asks, and changes nothing.
+    pub fn is_question(&self) -> bool {
+        matches!(
+            self,
+            Request::Status
+                | Request::PortList { .. }
+                | Request::NetworkList
+                | Request::PeerList
+                | Request::FdbList { .. }
+                | Request::RouteList { .. }
+                | Request::NeighborList
+                | Request::FlowList { .. }
+                | Request::Stats
+                | Request::Drops
+        )
+    }
+}
+
 /// As a line of the log.
 impl std::fmt::Display for Request {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

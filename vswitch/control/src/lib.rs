@@ -111,19 +111,7 @@ impl Control {
     ///
     /// A code and a sentence that names the remedy; nothing was changed.
     pub fn handle(&mut self, now_ns: u64, request: Request, backend: &mut dyn Backend) -> Result<Answer, ApiError> {
-        match request {
-            Request::Status
-            | Request::PortList { .. }
-            | Request::NetworkList
-            | Request::PeerList
-            | Request::FdbList { .. }
-            | Request::RouteList { .. }
-            | Request::NeighborList
-            | Request::FlowList { .. }
-            | Request::Stats
-            | Request::Drops => self.report(now_ns, request, backend),
-            change => self.apply(change, backend),
-        }
+        if request.is_question() { self.report(now_ns, request, backend) } else { self.apply(request, backend) }
     }
 
     /// Carries out a request of the configuration file: what it makes is not written to the state.

@@ -27,6 +27,12 @@ pub enum PlugError {
     #[error("the namespace has a route to {0} already: only one of its interfaces can be of a routed network")]
     RouteExists(ipnet::IpNet),
     /// The kernel would refuse it without saying why.
+    #[error("ifname: \"{0}\" is no interface name: 1 to 15 characters, no '/', ':' or space")]
+    Ifname(String),
+    /// The kernel would refuse it without saying why.
+    #[error("mac: {0} is no station's address: choose a unicast one, as 02:00:00:00:00:01")]
+    Mac(MacAddr),
+    /// The kernel would refuse it without saying why.
     #[error("mtu: {0} is not allowed; allowed are {POD_LINK_MTU_MIN} to {POD_LINK_MTU}")]
     Mtu(u32),
     /// The path is the host's own namespace.
@@ -64,6 +70,13 @@ pub async fn plug(client: &mut Client, plug: &Plug<'_>) -> Result<PortInfo, Plug
     let mtu = plug.port.mtu.unwrap_or(POD_LINK_MTU);
     if !(POD_LINK_MTU_MIN..=POD_LINK_MTU).contains(&mtu) {
         return Err(PlugError::Mtu(mtu));
+    }
+    let is_bad = |c: char| c == '/' || c == ':' || c.is_whitespace();
+    if plug.ifname.is_empty() || plug.ifname.len() > 15 || plug.ifname.contains(is_bad) {
+        return Err(PlugError::Ifname(plug.ifname.to_owned()));
+    }
+    if plug.port.mac.is_multicast() || plug.port.mac.is_zero() {
+        return Err(PlugError::Mac(plug.port.mac));
     }
     let netns = Netns::open(plug.netns)?;
     if netns.is_current() {
