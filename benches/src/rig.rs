@@ -9,8 +9,8 @@ use std::sync::Arc;
 use vswitch_dataplane::table::route::NextHop;
 use vswitch_dataplane::vxlan::OuterHeader;
 use vswitch_dataplane::{
-    Access, BURST, Gateway, Network, NetworkMode, Peer, Port, PortIo, PortKind, Reach, Snapshot, Underlay, Uplink,
-    Worker, WorkerConfig,
+    Access, BURST, Gateway, Network, NetworkMode, Peer, Port, PortIo, PortKind, Reach, Snapshot, Underlay, Worker,
+    WorkerConfig,
 };
 use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, MacAddr, NetworkIndex, PeerIndex, PortId, Vni, checksum};
 use vswitch_xsk::{Packet, TxChecksum, Umem};
@@ -135,7 +135,7 @@ fn snapshot() -> Snapshot {
         let access = Access { network: NETWORK, mac: MACS[number], addresses: vec![address] };
         Some(Arc::new(Port { mtu: 65_000, kind: PortKind::Access(access) }))
     };
-    let uplink = Port { mtu: 1500, kind: PortKind::Uplink(Uplink { mac: MACS[0] }) };
+    let uplink = Port { mtu: 1500, kind: PortKind::Uplink };
     let gateway = Gateway { mac: GATEWAY_MAC, v4: GATEWAY_V4, v6: GATEWAY_V6 };
     let network = Network {
         vni: vni(),

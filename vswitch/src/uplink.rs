@@ -37,6 +37,9 @@ pub(crate) async fn refresh(
     let vtep = choose_vtep(config, &kernel.addresses(link.ifindex).await?);
     if let Err(error) = update_uplink(link, vtep, config, &mut control.borrow_mut(), &mut links.borrow_mut()) {
         warn!("uplink {name}: {error}");
+        if links.borrow().ifindex(UPLINK_PORT).is_none() {
+            control.borrow_mut().set_uplink(None);
+        }
         return Ok(());
     }
     let vteps: Vec<IpAddr> = control.borrow().vteps().collect();

@@ -326,11 +326,6 @@ impl Daemon {
         Ok(())
     }
 
-    /// Its process id.
-    pub fn pid(&self) -> Option<u32> {
-        self.child.as_ref().map(Child::id)
-    }
-
     /// Ends it with SIGTERM and waits; true if it said that all was well.
     pub fn stop(&mut self) -> bool {
         let Some(mut child) = self.child.take() else { return false };

@@ -7,7 +7,7 @@ use vswitch_api::{FdbTarget, NetworkMode};
 use vswitch_dataplane::table::{fdb::Fdb, route};
 use vswitch_dataplane::vxlan::OuterHeader;
 use vswitch_dataplane::{
-    Access, Gateway, Location, Network, NetworkMode as Mode, Peer, Port, PortKind, Reach, Snapshot, Underlay, Uplink,
+    Access, Gateway, Location, Network, NetworkMode as Mode, Peer, Port, PortKind, Reach, Snapshot, Underlay,
 };
 use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, PortId};
 
@@ -52,9 +52,11 @@ impl Control {
             let access = Access { network: entry.network, mac: spec.mac, addresses: spec.addresses.clone() };
             (id.index(), Port { mtu: entry.record.mtu, kind: PortKind::Access(access) })
         });
-        let uplink = self.underlay.uplink.as_ref().map(|uplink| {
-            (UPLINK_PORT.index(), Port { mtu: uplink.mtu, kind: PortKind::Uplink(Uplink { mac: uplink.mac }) })
-        });
+        let uplink = self
+            .underlay
+            .uplink
+            .as_ref()
+            .map(|uplink| (UPLINK_PORT.index(), Port { mtu: uplink.mtu, kind: PortKind::Uplink }));
         by_index(access.chain(uplink))
     }
 

@@ -40,7 +40,7 @@ pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
     }
     let access = match snapshot.port(meta.ingress).map(|port| &port.kind) {
         Some(PortKind::Access(access)) => Some(access),
-        Some(PortKind::Uplink(_)) => None,
+        Some(PortKind::Uplink) => None,
         None => return drop_it(DropReason::NoPort),
     };
     if network.spoof_check

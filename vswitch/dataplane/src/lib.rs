@@ -34,6 +34,6 @@ mod worker;
 pub use counters::{Counters, PortCounters};
 pub use event::{Event, Location};
 pub use port::PortIo;
-pub use snapshot::{Access, Gateway, Network, NetworkMode, Peer, Port, PortKind, Reach, Snapshot, Underlay, Uplink};
+pub use snapshot::{Access, Gateway, Network, NetworkMode, Peer, Port, PortKind, Reach, Snapshot, Underlay};
 pub use verdict::{Action, DropReason, Rewrite, Verdict};
 pub use worker::{BURST, Turn, Worker, WorkerConfig};

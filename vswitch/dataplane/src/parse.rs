@@ -53,7 +53,7 @@ pub fn parse(packet: &mut Packet, ingress: PortId, snapshot: &Snapshot, seed: u6
             let origin = Origin { ingress, network: access.network, peer: None };
             parse_inner(packet.head().data(), packet.len(), origin, snapshot.underlay.udp_port, seed)
         }
-        PortKind::Uplink(_) => {
+        PortKind::Uplink => {
             let outer = vxlan::parse_outer(packet.head().data(), packet.len(), &snapshot.underlay)?;
             let network = *snapshot.vnis.get(&outer.vni).ok_or(DropReason::UnknownVni)?;
             let peer = *snapshot.vteps.get(&outer.source).ok_or(DropReason::UnknownPeer)?;

@@ -62,7 +62,7 @@ pub enum PortKind {
     /// A pod.
     Access(Access),
     /// The wire.
-    Uplink(Uplink),
+    Uplink,
 }
 
 /// A pod's port.
@@ -74,13 +74,6 @@ pub struct Access {
     pub mac: MacAddr,
     /// The pod's addresses. Empty means that they are not known and not checked (bridged networks only).
     pub addresses: Vec<IpAddr>,
-}
-
-/// A NIC's port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Uplink {
-    /// The NIC's MAC address.
-    pub mac: MacAddr,
 }
 
 /// A network.

@@ -122,7 +122,6 @@ pub struct OuterHeader {
     length: u8,
     /// IPv4: sum of the IP header with length zero. IPv6: sum of the pseudo-header's addresses and protocol.
     sum: u32,
-    udp_port: u16,
 }
 
 impl OuterHeader {
@@ -162,7 +161,7 @@ impl OuterHeader {
         bytes[12..14].copy_from_slice(&ethertype.to_be_bytes());
         bytes[udp + 2..udp + 4].copy_from_slice(&udp_port.to_be_bytes());
         bytes[udp + UDP] = FLAG_VNI;
-        Some(OuterHeader { bytes, length: (udp + UDP + VXLAN) as u8, sum, udp_port })
+        Some(OuterHeader { bytes, length: (udp + UDP + VXLAN) as u8, sum })
     }
 
     /// Bytes that [`emit`](Self::emit) writes.
@@ -174,11 +173,6 @@ impl OuterHeader {
     /// Never: a header has bytes.
     pub fn is_empty(&self) -> bool {
         false
-    }
-
-    /// The peer's UDP port.
-    pub fn udp_port(&self) -> u16 {
-        self.udp_port
     }
 
     /// True if the outer UDP checksum is needed: over IPv6 (RFC 8200 section 8.1). Over IPv4 it is zero (RFC 7348

@@ -5,7 +5,7 @@
 //! a header whose completion it asked the device for: the folded, uncomplemented sum of the pseudo-header
 //! (kernel document `networking/checksum-offloads`).
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::Ipv6Addr;
 
 /// Adds the bytes of one contiguous piece. Pieces before the last must have even length.
 ///
@@ -28,11 +28,6 @@ pub fn sum(bytes: &[u8]) -> u32 {
     u32::from(u16::from_be_bytes(folded.to_ne_bytes()))
 }
 
-/// The sum of one big-endian word after another of a header of even length; for the few words of a pseudo-header.
-pub fn sum_words(words: &[u16]) -> u32 {
-    words.iter().map(|&word| u32::from(word)).sum()
-}
-
 /// Folds the carries back until 16 bits are left.
 pub fn fold(mut sum: u32) -> u16 {
     while sum > 0xffff {
@@ -52,11 +47,6 @@ pub fn finish_udp(sum: u32) -> u16 {
         0 => 0xffff,
         checksum => checksum,
     }
-}
-
-/// The sum of the IPv4 pseudo-header (RFC 793 section 3.1).
-pub fn pseudo_v4(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, length: u32) -> u32 {
-    sum(&source.octets()) + sum(&destination.octets()) + u32::from(protocol) + length_sum(length)
 }
 
 /// The sum of the IPv6 pseudo-header (RFC 8200 section 8.1).

@@ -141,11 +141,6 @@ impl FlowTable {
         entry.action = action;
     }
 
-    /// Room for this many flows.
-    pub fn capacity(&self) -> usize {
-        self.entries.len()
-    }
-
     /// Flows that matched since `since_ns`.
     pub fn dump(&self, since_ns: u64) -> impl Iterator<Item = &FlowEntry> {
         self.entries.iter().filter(move |entry| entry.generation != 0 && entry.used_ns >= since_ns)
