@@ -35,7 +35,8 @@ pub(crate) async fn refresh(
         return Ok(());
     };
     let vtep = choose_vtep(config, &kernel.addresses(link.ifindex).await?);
-    if let Err(error) = update_uplink(link, vtep, config, &mut control.borrow_mut(), &mut links.borrow_mut()) {
+    let updated = update_uplink(link, vtep, config, &mut control.borrow_mut(), &mut links.borrow_mut());
+    if let Err(error) = updated {
         warn!("uplink {name}: {error}");
         if links.borrow().ifindex(UPLINK_PORT).is_none() {
             control.borrow_mut().set_uplink(None);
