@@ -9,8 +9,8 @@ use std::sync::Arc;
 use vswitch_dataplane::table::route::NextHop;
 use vswitch_dataplane::vxlan::OuterHeader;
 use vswitch_dataplane::{
-    Access, BURST, Gateway, Network, NetworkMode, Peer, Port, PortIo, PortKind, Reach, Snapshot, Underlay, Worker,
-    WorkerConfig,
+    Access, BURST, Gateway, Network, NetworkMode, Path, Peer, Port, PortIo, PortKind, SenderCheck, Snapshot, Underlay,
+    Worker, WorkerConfig,
 };
 use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, MacAddr, NetworkIndex, PeerIndex, PortId, Vni, checksum};
 use vswitch_xsk::{Packet, TxChecksum, Umem};
@@ -132,28 +132,31 @@ impl Rig {
 fn snapshot() -> Snapshot {
     let access = |number: usize| {
         let address: IpAddr = Ipv4Addr::new(10, 1, 0, number as u8).into();
-        let access = Access { network: NETWORK, mac: MACS[number], addresses: vec![address] };
-        Some(Arc::new(Port { mtu: 65_000, kind: PortKind::Access(access) }))
+        let access = Access::new(NETWORK, MACS[number], vec![address], SenderCheck::Full);
+        Some(Arc::new(Port { mtu: 65_000, kind: PortKind::Access(access), limits: None }))
     };
-    let uplink = Port { mtu: 1500, kind: PortKind::Uplink };
+    let uplink = Port { mtu: 1500, kind: PortKind::Uplink(MACS[0]), limits: None };
     let gateway = Gateway { mac: GATEWAY_MAC, v4: GATEWAY_V4, v6: GATEWAY_V6 };
     let network = Network {
         vni: vni(),
         mode: NetworkMode::Routed(gateway),
-        spoof_check: true,
+        router_v4: None,
+        router_v6: None,
+        mss: None,
+        is_transparent: false,
         ports: vec![POD, OTHER_POD],
         flood_peers: Vec::new(),
     };
     let (ours, theirs) = (Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2));
-    let header = OuterHeader::new((MACS[0], MACS[1]), ours.into(), theirs.into(), 4789).expect("one family");
-    let peer =
-        Peer { vtep: theirs.into(), router_mac: GATEWAY_MAC, reach: Some(Reach { port: UPLINK, mtu: 1500, header }) };
+    let header = OuterHeader::new((MACS[0], MACS[1]), ours.into(), theirs.into(), 4789, None).expect("one family");
+    let paths = vec![Path { port: UPLINK, mtu: 1500, header }];
+    let peer = Peer { vtep: theirs.into(), router_mac: GATEWAY_MAC, is_direct: false, paths };
     let mut snapshot = Snapshot {
         generation: 1,
         ports: vec![Some(Arc::new(uplink)), access(1), access(2)],
         networks: vec![Some(Arc::new(network))],
         peers: vec![Some(Arc::new(peer))],
-        underlay: Underlay { v4: Some(ours), v6: None, udp_port: 4789 },
+        underlay: Underlay { v4: Some(ours), udp_port: 4789, ..Underlay::default() },
         ..Snapshot::default()
     };
     snapshot.vnis.insert(vni(), NETWORK);
@@ -174,7 +177,7 @@ fn packets(way: Way, flows: usize) -> Vec<Vec<u8>> {
             Way::Decap => {
                 let inner = udp(GATEWAY_MAC, [10, 2, 0, 9], [10, 1, 0, 1], flow);
                 let ends = (Ipv4Addr::new(192, 0, 2, 2).into(), Ipv4Addr::new(192, 0, 2, 1).into());
-                let header = OuterHeader::new((MACS[1], MACS[0]), ends.0, ends.1, 4789).expect("one family");
+                let header = OuterHeader::new((MACS[1], MACS[0]), ends.0, ends.1, 4789, None).expect("one family");
                 let mut packet = vec![0; header.len()];
                 header.emit(&mut packet, vni(), flow as u64, inner.len(), 0, || 0);
                 packet.extend_from_slice(&inner);

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use vswitch_api::{Answer, Client, ClientError, PortInfo, PortSpec, Request, StatusInfo};
+use vswitch_api::{Answer, Client, ClientError, PortInfo, PortSpec, Request, SenderCheck, StatusInfo};
 use vswitch_link::plug::{Plug, host_link, plug, pod_mac};
 use vswitch_link::{Kernel, Netns};
 
@@ -60,6 +60,9 @@ async fn add_with(
         None => conf.ips(environment)?,
     };
     port.mtu = conf.mtu;
+    apply_bridge_keys(conf, &mut port, client)?;
+    port.port_mappings = conf.port_mappings()?;
+    port.bandwidth = conf.bandwidth();
     port.attachment = Some(environment.attachment());
     port.owner = Some(conf.name.clone());
     let netns = environment.netns()?;
@@ -86,6 +89,56 @@ async fn add_with(
         result.dns = dns;
     }
     Ok(result)
+}
+
+/// The keys of the reference `bridge` plugin, in the switch's words. VLANs are networks here.
+fn apply_bridge_keys(conf: &NetConf, port: &mut PortSpec, client: &mut Client) -> Result<(), CniError> {
+    let keys = &conf.bridge;
+    port.default_route = keys.is_default_gateway.unwrap_or(true);
+    port.hairpin = keys.hairpin_mode;
+    port.isolated = keys.port_isolation;
+    port.check = keys.macspoofchk.then_some(SenderCheck::Mac);
+    if keys.ip_masq {
+        let Answer::Status(status) = client.call(Request::Status)? else { return Ok(()) };
+        if !status.host.is_some_and(|host| host.masquerade) {
+            let msg = "ipMasq: the daemon does not masquerade: set [host] network and masquerade in its configuration";
+            return Err(CniError::new(Code::InvalidConfig, msg));
+        }
+    }
+    if keys.vlan == 0 && keys.vlan_trunk.is_empty() {
+        return Ok(());
+    }
+    let Answer::Networks { networks } = client.call(Request::NetworkList)? else { return Ok(()) };
+    let of_vlan = |vid: u16| networks.iter().find(|network| network.vlan == Some(vid));
+    if keys.vlan != 0 {
+        let network = of_vlan(keys.vlan).ok_or_else(|| {
+            let msg = format!("vlan: no network of the switch has vlan {}: set `vlan` of one", keys.vlan);
+            CniError::new(Code::InvalidConfig, msg)
+        })?;
+        port.network = Some(network.name.clone());
+        return Ok(());
+    }
+    let native = match &port.network {
+        Some(name) => networks.iter().find(|network| network.name == *name),
+        None => networks.iter().min_by_key(|network| network.order),
+    };
+    port.native = keys.preserve_default_vlan.unwrap_or(true);
+    let native_vid = native.filter(|_| port.native).and_then(|network| network.vlan);
+    for trunk in &keys.vlan_trunk {
+        match (trunk.id, trunk.min, trunk.max) {
+            (Some(id), ..) => port.trunk.push(id),
+            // Of a range those that exist.
+            (None, Some(min), Some(max)) => {
+                port.trunk
+                    .extend(networks.iter().filter_map(|network| network.vlan).filter(|vid| (min..=max).contains(vid)));
+            }
+            _ => {}
+        }
+    }
+    port.trunk.retain(|vid| Some(*vid) != native_vid);
+    port.trunk.sort_unstable();
+    port.trunk.dedup();
+    Ok(())
 }
 
 /// DEL: what is gone already is fine, a daemon that is down too.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use ipnet::IpNet;
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use vswitch_api::Attachment;
+use vswitch_api::{Attachment, Bandwidth, PortMapping, Protocol};
 use vswitch_net::MacAddr;
 
 use crate::error::{CniError, Code};
@@ -33,6 +33,9 @@ pub(crate) struct NetConf {
     ips: Vec<String>,
     #[serde(default)]
     pub(crate) mtu: Option<u32>,
+    /// Keys of the reference `bridge` plugin that mean the same here.
+    #[serde(flatten)]
+    pub(crate) bridge: BridgeKeys,
     #[serde(default)]
     ipam: Option<Ipam>,
     #[serde(default)]
@@ -50,6 +53,44 @@ pub(crate) struct NetConf {
     pub(crate) raw: Vec<u8>,
 }
 
+/// Keys that conflists of the reference `bridge` plugin have, by its names.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct BridgeKeys {
+    /// The network, if `network` does not name it.
+    bridge: Option<String>,
+    /// Routed networks have a gateway anyway, and its address is nobody's choice.
+    #[allow(dead_code, reason = "accepted, and true of every routed network")]
+    is_gateway: bool,
+    /// False for an interface beside the one that has the default route.
+    pub(crate) is_default_gateway: Option<bool>,
+    #[allow(dead_code, reason = "there is no address of a bridge to replace")]
+    force_address: bool,
+    pub(crate) ip_masq: bool,
+    #[allow(dead_code, reason = "the daemon has its own way to masquerade")]
+    ip_masq_backend: Option<String>,
+    pub(crate) hairpin_mode: bool,
+    promisc_mode: bool,
+    pub(crate) vlan: u16,
+    pub(crate) vlan_trunk: Vec<VlanTrunk>,
+    pub(crate) preserve_default_vlan: Option<bool>,
+    pub(crate) macspoofchk: bool,
+    enabledad: bool,
+    disable_container_interface: bool,
+    pub(crate) port_isolation: bool,
+}
+
+/// VLANs of a trunk: one, or all that exist from one to another.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct VlanTrunk {
+    #[serde(default)]
+    pub(crate) id: Option<u16>,
+    #[serde(default, rename = "minID")]
+    pub(crate) min: Option<u16>,
+    #[serde(default, rename = "maxID")]
+    pub(crate) max: Option<u16>,
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
 struct Ipam {
     #[serde(default, rename = "type")]
@@ -63,6 +104,31 @@ struct Wishes {
     mac: Option<MacAddr>,
     #[serde(default)]
     ips: Vec<String>,
+    #[serde(default, rename = "portMappings")]
+    port_mappings: Vec<WishedMapping>,
+    #[serde(default)]
+    bandwidth: WishedBandwidth,
+}
+
+/// As the CNI conventions write it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct WishedMapping {
+    host_port: u16,
+    container_port: u16,
+    #[serde(default)]
+    protocol: String,
+    #[serde(default, rename = "hostIP")]
+    host_ip: String,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct WishedBandwidth {
+    ingress_rate: u64,
+    ingress_burst: u64,
+    egress_rate: u64,
+    egress_burst: u64,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -98,6 +164,21 @@ const KEYS: &[&str] = &[
     "disableCheck",
     "disableGC",
     "loadOnlyInlinedPlugins",
+    "bridge",
+    "isGateway",
+    "isDefaultGateway",
+    "forceAddress",
+    "ipMasq",
+    "ipMasqBackend",
+    "hairpinMode",
+    "promiscMode",
+    "vlan",
+    "vlanTrunk",
+    "preserveDefaultVlan",
+    "macspoofchk",
+    "enabledad",
+    "disableContainerInterface",
+    "portIsolation",
 ];
 
 impl NetConf {
@@ -115,6 +196,10 @@ impl NetConf {
             .map_err(|error| invalid(format!("the network configuration is wrong: {error}")))?;
         if conf.name.is_empty() {
             return Err(invalid("name: a network needs one".to_owned()));
+        }
+        conf.bridge.check()?;
+        if conf.network.is_none() {
+            conf.network = conf.bridge.bridge.clone();
         }
         conf.raw = raw;
         Ok(conf)
@@ -154,6 +239,37 @@ impl NetConf {
         chosen.iter().map(|text| parse_ip(text)).collect()
     }
 
+    /// Ports of the host that the runtime wants to lead to the pod. A host port of zero asks for none.
+    pub(crate) fn port_mappings(&self) -> Result<Vec<PortMapping>, CniError> {
+        let mappings = self.runtime_config.port_mappings.iter().filter(|mapping| mapping.host_port != 0);
+        mappings
+            .map(|mapping| {
+                let protocol = match mapping.protocol.to_lowercase().as_str() {
+                    "" | "tcp" => Protocol::Tcp,
+                    "udp" => Protocol::Udp,
+                    "sctp" => Protocol::Sctp,
+                    other => {
+                        return Err(invalid(format!(
+                            "portMappings: protocol \"{other}\" is unknown; allowed are tcp, udp and sctp"
+                        )));
+                    }
+                };
+                let host_ip = match mapping.host_ip.as_str() {
+                    "" => None,
+                    text => Some(parse_ip(text)?),
+                };
+                let WishedMapping { host_port, container_port, .. } = *mapping;
+                Ok(PortMapping { host_port, container_port, protocol, host_ip })
+            })
+            .collect()
+    }
+
+    /// Rates that the runtime wants.
+    pub(crate) fn bandwidth(&self) -> Bandwidth {
+        let WishedBandwidth { ingress_rate, ingress_burst, egress_rate, egress_burst } = self.runtime_config.bandwidth;
+        Bandwidth { ingress_rate, ingress_burst, egress_rate, egress_burst }
+    }
+
     /// The attachments that GC must keep.
     pub(crate) fn valid_attachments(&self) -> Result<Vec<Attachment>, CniError> {
         let valid = self.valid_attachments.as_ref().ok_or_else(|| {
@@ -164,6 +280,33 @@ impl NetConf {
             ifname: valid.ifname.clone(),
         };
         Ok(valid.iter().map(own).collect())
+    }
+}
+
+impl BridgeKeys {
+    /// What the switch does not do is refused, and not passed over.
+    fn check(&self) -> Result<(), CniError> {
+        let refused = [
+            (self.promisc_mode, "promiscMode: a port gets what is for it; to see more, make a mirror"),
+            (self.enabledad, "enabledad: the switch gives out addresses once, and duplicates are not looked for"),
+            (self.disable_container_interface, "disableContainerInterface: an interface that is down is no attachment"),
+        ];
+        if let Some((_, reason)) = refused.iter().find(|(is_set, _)| *is_set) {
+            return Err(invalid(format!("{reason}; leave the key out")));
+        }
+        if self.vlan != 0 && !self.vlan_trunk.is_empty() {
+            return Err(invalid("vlan and vlanTrunk: a port is of one VLAN or a trunk, not both".to_owned()));
+        }
+        for trunk in &self.vlan_trunk {
+            let is_range = matches!((trunk.min, trunk.max), (Some(min), Some(max)) if min <= max);
+            let is_whole = if trunk.id.is_some() { trunk.min.is_none() && trunk.max.is_none() } else { is_range };
+            if !is_whole {
+                return Err(invalid(
+                    "vlanTrunk: each entry has an id, or a minID and a maxID that is not less".to_owned(),
+                ));
+            }
+        }
+        Ok(())
     }
 }
 

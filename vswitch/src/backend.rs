@@ -1,9 +1,10 @@
 //! The world as control needs it: links get a program and sockets, workers get ports, and tell their numbers.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::Instant;
 
-use vswitch_control::{Attached, Backend, FlowSample, WorkerSample};
+use vswitch_control::{Attached, Backend, FlowSample, MAX_UPLINKS, WorkerSample};
 use vswitch_net::PortId;
 use vswitch_xsk::{AttachedProgram, BoundSocket, CopyMode, Role, XdpMode, XdpPreference, ZeroCopy};
 
@@ -49,6 +50,14 @@ impl Links {
     /// The program of a port, to change what it takes.
     pub(crate) fn program(&mut self, port: PortId) -> Option<&mut AttachedProgram> {
         self.attached.get_mut(&port).map(|link| &mut link.program)
+    }
+
+    /// What uplinks take without VXLAN: what goes to a local prefix from one of the cluster.
+    pub(crate) fn set_direct(&mut self, local: &[(IpAddr, u8)], cluster: &[(IpAddr, u8)]) -> Result<(), String> {
+        for (_, link) in self.attached.iter_mut().filter(|(port, _)| port.index() < MAX_UPLINKS) {
+            link.program.set_direct(local, cluster).map_err(|error| error.to_string())?;
+        }
+        Ok(())
     }
 
     /// The link index of a port.

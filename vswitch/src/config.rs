@@ -4,7 +4,8 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use vswitch_api::{NetworkSpec, PeerSpec, Request, RouteSpec};
+use vswitch_api::{Encap, NetworkSpec, PeerSpec, Request, RouteSpec};
+use vswitch_control::MAX_UPLINKS;
 use vswitch_xsk::{XdpPreference, ZeroCopy};
 
 /// The file.
@@ -14,6 +15,8 @@ pub(crate) struct Config {
     pub(crate) daemon: Daemon,
     pub(crate) worker: Worker,
     pub(crate) uplink: Uplink,
+    pub(crate) host: Host,
+    pub(crate) routes: Routes,
     pub(crate) fdb: Fdb,
     pub(crate) network: Vec<NetworkSpec>,
     pub(crate) peer: Vec<PeerSpec>,
@@ -43,9 +46,41 @@ pub(crate) struct Worker {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Uplink {
     pub(crate) link: Option<String>,
+    pub(crate) links: Vec<String>,
+    pub(crate) vlan: Option<u16>,
     pub(crate) vtep: Vec<IpAddr>,
     pub(crate) udp_port: u16,
     pub(crate) zero_copy: ZeroCopyMode,
+}
+
+/// The port into the host's stack.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Host {
+    pub(crate) network: Option<String>,
+    pub(crate) link: String,
+    pub(crate) masquerade: bool,
+    pub(crate) forwarding: bool,
+    pub(crate) table: u32,
+    pub(crate) subnet_env: Option<PathBuf>,
+}
+
+/// Routes that others give the kernel.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Routes {
+    pub(crate) import: Import,
+    pub(crate) table: u32,
+    pub(crate) protocols: Vec<u8>,
+    pub(crate) encap: Encap,
+}
+
+/// Where routes come from, besides requests.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Import {
+    None,
+    Kernel,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -101,7 +136,55 @@ impl Default for Worker {
 
 impl Default for Uplink {
     fn default() -> Self {
-        Uplink { link: None, vtep: Vec::new(), udp_port: vswitch_net::VXLAN_PORT, zero_copy: ZeroCopyMode::Auto }
+        Uplink {
+            link: None,
+            links: Vec::new(),
+            vlan: None,
+            vtep: Vec::new(),
+            udp_port: vswitch_net::VXLAN_PORT,
+            zero_copy: ZeroCopyMode::Auto,
+        }
+    }
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Host {
+            network: None,
+            link: "vswitch0".to_owned(),
+            masquerade: true,
+            forwarding: true,
+            table: 254,
+            subnet_env: None,
+        }
+    }
+}
+
+impl Default for Routes {
+    fn default() -> Self {
+        // Routing daemons, by their numbers in /etc/iproute2/rt_protos.
+        let protocols = vec![11, 12, 13, 14, 15, 17, 18, 42, 99, 186, 187, 188, 189, 192];
+        Routes { import: Import::None, table: 254, protocols, encap: Encap::Direct }
+    }
+}
+
+impl Host {
+    /// The switch's end of the veth.
+    pub(crate) fn switch_link(&self) -> String {
+        format!("{}-sw", self.link)
+    }
+}
+
+impl Routes {
+    pub(crate) fn is_importing(&self) -> bool {
+        self.import == Import::Kernel
+    }
+}
+
+impl Uplink {
+    /// The uplinks in the order of the file.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &String> {
+        self.link.iter().chain(&self.links)
     }
 }
 
@@ -162,6 +245,35 @@ impl Config {
         }
         if !(16..=1 << 26).contains(flow_entries) {
             return Err(format!("worker.flow_entries: {flow_entries} is not allowed; allowed are 16 to 67108864"));
+        }
+        let uplinks: Vec<&String> = self.uplink.all().collect();
+        if uplinks.len() > MAX_UPLINKS {
+            return Err(format!("uplink.links: {} links; allowed are {MAX_UPLINKS}", uplinks.len()));
+        }
+        if let Some(twice) = uplinks.iter().enumerate().find(|(at, name)| uplinks[..*at].contains(name)) {
+            return Err(format!("uplink.links: {} stands there twice", twice.1));
+        }
+        if self.uplink.vlan.is_some_and(|vid| !(1..=4094).contains(&vid)) {
+            return Err("uplink.vlan: allowed are 1 to 4094 (802.1Q)".to_owned());
+        }
+        if self.host.link.is_empty() || self.host.link.len() > 12 {
+            return Err(
+                "host.link: allowed are names of 1 to 12 characters, for \"-sw\" is added to one end".to_owned()
+            );
+        }
+        if self.host.table == 0 || self.routes.table == 0 {
+            return Err("host.table and routes.table: 0 is no table of the kernel's; 254 is the main one".to_owned());
+        }
+        if self.routes.is_importing() && self.host.network.is_none() {
+            return Err("routes.import: set host.network, the network that takes part in the host's routing".to_owned());
+        }
+        if self.routes.is_importing() && self.uplink.all().next().is_none() {
+            return Err("routes.import: set uplink.link, by which the imported routes leave".to_owned());
+        }
+        if let Some(name) = &self.host.network
+            && !self.network.iter().any(|network| network.name == *name)
+        {
+            return Err(format!("host.network: there is no [[network]] \"{name}\" in the file"));
         }
         if self.uplink.udp_port == 0 {
             return Err("uplink.udp_port: 0 is not allowed; allowed are 1 to 65535".to_owned());

@@ -10,22 +10,28 @@ use arc_swap::ArcSwap;
 use crossbeam_channel::Receiver;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, Notify};
 use tokio::task::spawn_local;
 use tracing::{debug, info, warn};
 use vswitch_api::{Answer, ApiError, ErrorCode, Request};
-use vswitch_control::{Backend, Control, ControlConfig, UPLINK_PORT};
+use vswitch_control::{Backend, Control, ControlConfig, HOST_PORT, HostState, UPLINK_PORT};
 use vswitch_dataplane::{Event, Snapshot};
-use vswitch_link::{Kernel, Watch};
+use vswitch_link::{Follower, Kernel, LinkState, News, Watch};
+use vswitch_net::PortId;
 
 use crate::backend::Links;
 use crate::config::{Config, Poll};
+use crate::follow::Followed;
+use crate::host::HostLink;
 use crate::store::Store;
 use crate::worker::{Setup, Shared, WorkerHandle, choose_cores};
 use crate::{server, uplink};
 
 /// Events that workers may be ahead of the control thread.
 const EVENT_QUEUE: usize = 16_384;
+
+/// Changes of the kernel's tables that are published together.
+const FOLLOW_BATCH: usize = 4096;
 
 /// Learned stations are published together, at most this often.
 const LEARN_INTERVAL: Duration = Duration::from_millis(5);
@@ -46,6 +52,9 @@ struct Daemon {
     snapshot: Arc<ArcSwap<Snapshot>>,
     /// Wakes the refresh of the underlay, after a request that may need it.
     stale: Notify,
+    /// The port into the host's stack, once made.
+    host: Mutex<Option<HostLink>>,
+    followed: Mutex<Followed>,
     start: Instant,
 }
 
@@ -60,9 +69,11 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let (daemon, events, news) = Daemon::start(config, store)?;
     let daemon = Rc::new(daemon);
     daemon.configure()?;
-    daemon.attach_uplink().await?;
+    daemon.attach_uplinks().await?;
+    daemon.attach_host().await?;
     daemon.restore();
     daemon.publish();
+    daemon.carry_out().await;
     let socket = daemon.config.socket();
     let listener = server::listen(&socket).with_context(|| {
         format!("cannot listen at {}: set daemon.socket to a path that can be written", socket.display())
@@ -71,12 +82,16 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     spawn_local(serve(daemon.clone(), listener));
     spawn_local(learn(daemon.clone(), events, news));
     spawn_local(follow_kernel(daemon.clone(), watch));
+    if Followed::is_needed(&daemon.config.routes, &daemon.control.borrow()) {
+        spawn_local(follow_tables(daemon.clone(), Follower::here()?));
+    }
     tell_systemd("READY=1");
     wait_for_end().await?;
     tell_systemd("STOPPING=1");
     info!("stopping; pods keep their links and addresses");
     let _ = std::fs::remove_file(&socket);
     daemon.save();
+    daemon.leave_host().await;
     Ok(())
 }
 
@@ -110,7 +125,12 @@ fn configure(config: &Config, control: &mut Control, links: &mut Links) -> anyho
 fn control_config(config: &Config) -> ControlConfig {
     ControlConfig {
         udp_port: config.uplink.udp_port,
-        uplink: config.uplink.link.clone(),
+        vlan: config.uplink.vlan,
+        uplinks: config.uplink.all().cloned().collect(),
+        host_network: config.host.network.clone(),
+        is_importing: config.routes.is_importing(),
+        import_encap: config.routes.encap,
+        masquerade: config.host.masquerade,
         fdb_ageing_ns: config.fdb.ageing_seconds.saturating_mul(1_000_000_000),
         fdb_limit: config.fdb.limit,
     }
@@ -157,6 +177,8 @@ impl Daemon {
             links: RefCell::new(links),
             snapshot,
             stale: Notify::new(),
+            host: Mutex::new(None),
+            followed: Mutex::new(Followed::default()),
             start,
         };
         Ok((daemon, inbox, news))
@@ -166,16 +188,83 @@ impl Daemon {
         configure(&self.config, &mut self.control.borrow_mut(), &mut self.links.borrow_mut())
     }
 
-    async fn attach_uplink(&self) -> anyhow::Result<()> {
-        let Some(link) = &self.config.uplink.link else { return Ok(()) };
-        if self.kernel.link(link).await?.is_none() {
-            return Err(anyhow!("uplink.link: no link \"{link}\" here: name one that `ip link show` lists"));
+    /// A missing uplink is a mistake in the configuration, as long as there is no other.
+    async fn attach_uplinks(&self) -> anyhow::Result<()> {
+        let Some(first) = self.config.uplink.all().next() else { return Ok(()) };
+        let mut is_there = false;
+        for link in self.config.uplink.all() {
+            is_there |= self.kernel.link(link).await?.is_some();
+        }
+        if !is_there {
+            return Err(anyhow!("uplink.link: no link \"{first}\" here: name one that `ip link show` lists"));
         }
         self.refresh().await?;
-        if self.control.borrow().uplink().is_none() {
-            return Err(anyhow!("the uplink {link} could not be attached; the reason is above"));
+        let count = self.config.uplink.all().count() as u16;
+        let is_attached = |at: u16| self.control.borrow().uplink(PortId(UPLINK_PORT.0 + at)).is_some();
+        if !(0..count).any(is_attached) {
+            return Err(anyhow!("the uplink {first} could not be attached; the reason is above"));
         }
         Ok(())
+    }
+
+    /// Makes the port into the host's stack, if the configuration asks for one.
+    async fn attach_host(&self) -> anyhow::Result<()> {
+        if self.config.host.network.is_none() {
+            return Ok(());
+        }
+        let (host, runtime_dir) = (&self.config.host, &self.config.daemon.runtime_dir);
+        let link = HostLink::create(&self.kernel, host, runtime_dir, self.config.worker.count as u32).await?;
+        let attached =
+            self.links.borrow_mut().attach(HOST_PORT, &host.switch_link()).map_err(|error| anyhow!(error))?;
+        info!("host port {} attached: xdp {}", host.link, attached.xdp_mode);
+        self.control.borrow_mut().set_host(Some(HostState {
+            link: host.link.clone(),
+            mac: link.mac,
+            attached,
+            problem: None,
+        }));
+        *self.host.lock().await = Some(link);
+        Ok(())
+    }
+
+    /// Tells the host's kernel what control wants of it, and looks whether the host lets packets pass.
+    async fn carry_out(&self) {
+        let mut host = self.host.lock().await;
+        let Some(host) = host.as_mut() else { return };
+        let plan = self.control.borrow().host_plan(&self.config.host.link);
+        if let Some(plan) = plan
+            && let Err(error) = host.carry_out(&self.kernel, plan).await
+        {
+            warn!("host port {}: {error:#}", self.config.host.link);
+        }
+        self.write_subnet_env();
+        let known = self.control.borrow().host().cloned();
+        if let Some(known) = known {
+            self.control.borrow_mut().set_host(Some(HostState { problem: host.problem(), ..known }));
+        }
+    }
+
+    /// What flanneld leaves for CNI plugins, for those who read it.
+    fn write_subnet_env(&self) {
+        let Some(path) = &self.config.host.subnet_env else { return };
+        let Some(text) = self.control.borrow().subnet_env() else { return };
+        if std::fs::read_to_string(path).is_ok_and(|before| before == text) {
+            return;
+        }
+        let written = path.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(path, text));
+        if let Err(error) = written {
+            warn!("cannot write {}: {error}; set host.subnet_env to a path that can be written", path.display());
+        }
+    }
+
+    /// Takes back what was done to the host.
+    async fn leave_host(&self) {
+        self.followed.lock().await.remove(&self.kernel).await;
+        let host = self.host.lock().await.take();
+        if let Some(host) = host {
+            self.links.borrow_mut().detach(HOST_PORT);
+            host.remove(&self.kernel).await;
+        }
     }
 
     /// Adopts the ports of the last daemon.
@@ -206,6 +295,7 @@ impl Daemon {
         if is_change {
             self.publish();
             self.save();
+            self.carry_out().await;
             self.stale.notify_one();
         }
         answer
@@ -237,11 +327,54 @@ impl Daemon {
         if ports() != before {
             self.save();
         }
-        Ok(refreshed?)
+        let all = refreshed?;
+        self.check_host(&all).await;
+        self.carry_out().await;
+        self.look_at_followed(&all).await?;
+        self.publish();
+        Ok(())
+    }
+
+    /// The host's end of its veth may be deleted by anybody; then it is made again.
+    async fn check_host(&self, all: &[LinkState]) {
+        let is_lost = self.host.lock().await.as_ref().is_some_and(|host| !all.iter().any(|link| host.is(link.ifindex)));
+        if is_lost {
+            warn!("link {} is gone: it is made again", self.config.host.link);
+            self.links.borrow_mut().detach(HOST_PORT);
+            self.host.lock().await.take();
+            self.control.borrow_mut().set_host(None);
+            if let Err(error) = self.attach_host().await {
+                warn!("host port {}: {error:#}", self.config.host.link);
+            }
+        }
+    }
+
+    /// Follows devices and uplinks that came or changed, and tells bridges of the stations here.
+    async fn look_at_followed(&self, all: &[LinkState]) -> anyhow::Result<()> {
+        if !Followed::is_needed(&self.config.routes, &self.control.borrow()) {
+            return Ok(());
+        }
+        let uplinks: Vec<u32> = {
+            let control = self.control.borrow();
+            let names: Vec<&str> = control.uplinks().collect();
+            all.iter().filter(|link| names.contains(&link.name.as_str())).map(|link| link.ifindex).collect()
+        };
+        let mut followed = self.followed.lock().await;
+        let is_new = followed.look(all, &uplinks, &self.control.borrow());
+        if is_new {
+            followed.read(&self.kernel, &self.config.routes, &self.control).await?;
+        }
+        Ok(followed.tell(&self.kernel, all, self.now_ns(), &self.control).await?)
     }
 
     fn publish(&self) {
-        if let Some(snapshot) = self.control.borrow_mut().take_snapshot() {
+        let snapshot = self.control.borrow_mut().take_snapshot();
+        if let Some(snapshot) = snapshot {
+            if let Some((local, cluster)) = self.control.borrow().direct_prefixes()
+                && let Err(error) = self.links.borrow_mut().set_direct(&local, &cluster)
+            {
+                warn!("direct routing: {error}");
+            }
             self.snapshot.store(snapshot);
         }
     }
@@ -261,7 +394,7 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         let links = self.links.get_mut();
-        links.detach(UPLINK_PORT);
+        (0..HOST_PORT.0).for_each(|port| links.detach(PortId(port)));
     }
 }
 
@@ -317,6 +450,34 @@ async fn follow_kernel(daemon: Rc<Daemon>, watch: Watch) {
             () = tokio::time::sleep(REFRESH_INTERVAL) => {}
         }
     }
+}
+
+/// Takes in what others write into the kernel's tables.
+async fn follow_tables(daemon: Rc<Daemon>, mut follower: Follower) {
+    while let Some(first) = follower.next().await {
+        let mut followed = daemon.followed.lock().await;
+        let mut next = Some(first);
+        let mut is_lost = false;
+        let mut count = 0;
+        while let Some(news) = next {
+            is_lost |= news == News::Lost;
+            followed.hear(news, &daemon.config.routes, &mut daemon.control.borrow_mut());
+            count += 1;
+            next = if count < FOLLOW_BATCH { follower.try_next() } else { None };
+        }
+        if is_lost {
+            debug!("changes of the kernel's tables were lost: they are read again");
+            if let Err(error) = followed.read(&daemon.kernel, &daemon.config.routes, &daemon.control).await {
+                warn!("the kernel's tables could not be read: {error}");
+            }
+        }
+        drop(followed);
+        daemon.control.borrow_mut().forget_unused_peers();
+        daemon.publish();
+        daemon.stale.notify_one();
+        tokio::time::sleep(LEARN_INTERVAL).await;
+    }
+    warn!("the kernel tells no more of its tables: restart the daemon to follow them again");
 }
 
 async fn wait_for_end() -> std::io::Result<()> {

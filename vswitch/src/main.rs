@@ -4,6 +4,8 @@
 mod backend;
 mod config;
 mod daemon;
+mod follow;
+mod host;
 mod server;
 mod store;
 mod uplink;

@@ -1,9 +1,11 @@
-//! The uplink and the peers' next hops, as the kernel sees them now.
+//! The uplinks and the peers' next hops, as the kernel sees them now.
 //!
-//! [`refresh`] reads everything anew: the uplink, its addresses, and for each peer the route and the neighbor. It runs
-//! when the kernel tells of a change and every few seconds; resolution is the kernel's own work, asked for here because
-//! the switch's packets do not pass its stack.
+//! [`refresh`] reads everything anew: the uplinks, their addresses, and for each peer the routes and the neighbors. It
+//! runs when the kernel tells of a change and every few seconds; resolution is the kernel's own work, asked for here
+//! because the switch's packets do not pass its stack. An uplink is followed by its index once it is attached, so it may be
+//! renamed; what happened to it last stands in `switchctl status`.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
@@ -16,70 +18,98 @@ use vswitch_xsk::{Role, Vtep};
 use crate::backend::Links;
 use crate::config::Uplink;
 
-/// Brings control's view of the uplink, the peers' next hops and the pods' links up to date.
+/// Neighbors of the uplinks, by link.
+type Neighbors = BTreeMap<(u32, IpAddr), Neighbor>;
+
+/// Brings control's view of the uplinks, the peers' next hops and the pods' links up to date. The links there are.
 pub(crate) async fn refresh(
     kernel: &Kernel,
     config: &Uplink,
-    control: &std::cell::RefCell<Control>,
-    links: &std::cell::RefCell<Links>,
-) -> Result<(), LinkError> {
+    control: &RefCell<Control>,
+    links: &RefCell<Links>,
+) -> Result<Vec<LinkState>, LinkError> {
     // Ports that are added while the kernel lists its links are not in that list, and not lost.
     let judged: Vec<PortId> = control.borrow().links().map(|(id, _)| id).collect();
     let all = kernel.links().await?;
     unplug_lost(&all, &judged, &mut control.borrow_mut(), &mut links.borrow_mut());
     let exists = |name: &str| all.iter().any(|link| link.name == name);
     control.borrow_mut().adopt_waiting(exists, &mut *links.borrow_mut());
-    let Some(name) = &config.link else { return Ok(()) };
-    let Some(link) = all.iter().find(|link| link.name == *name) else {
-        lose(name, &mut control.borrow_mut(), &mut links.borrow_mut());
-        return Ok(());
-    };
-    let vtep = choose_vtep(config, &kernel.addresses(link.ifindex).await?);
-    let updated = update_uplink(link, vtep, config, &mut control.borrow_mut(), &mut links.borrow_mut());
-    if let Err(error) = updated {
-        warn!("uplink {name}: {error}");
-        if links.borrow().ifindex(UPLINK_PORT).is_none() {
-            control.borrow_mut().set_uplink(None);
+    let mut present = Vec::new();
+    for (at, name) in config.all().enumerate() {
+        let port = PortId(UPLINK_PORT.0 + at as u16);
+        // The attached link by its index, whatever it is called now; else the one of the name.
+        let attached = links.borrow().ifindex(port);
+        let link =
+            all.iter().find(|link| Some(link.ifindex) == attached).or(all.iter().find(|link| link.name == *name));
+        match link {
+            Some(link) => present.push((port, name, link.clone())),
+            None => lose(port, name, &mut control.borrow_mut(), &mut links.borrow_mut()),
         }
-        return Ok(());
     }
-    let vteps: Vec<IpAddr> = control.borrow().vteps().collect();
-    let neighbors: BTreeMap<IpAddr, Neighbor> = kernel.neighbors(link.ifindex).await?.into_iter().collect();
-    for peer in vteps {
-        // What the kernel refuses for one peer must not keep it from the others.
-        match next_hop(kernel, &all, link, &neighbors, peer).await {
-            Ok(next_hop) => control.borrow_mut().set_next_hop(peer, next_hop),
-            Err(error) => {
-                debug!("peer {peer}: {error}");
-                control.borrow_mut().set_next_hop(peer, NextHop::default());
+    let vtep = match present.first() {
+        Some((_, _, link)) => choose_vtep(config, &kernel.addresses(link.ifindex).await?),
+        None => return Ok(all),
+    };
+    let own = kernel.all_addresses().await?;
+    for (port, name, link) in &present {
+        let queues = kernel.queues(&link.name).await;
+        let change = Change { port: *port, name, link, vtep, queues, foreign: foreign_vtep(config, &own) };
+        let updated = update(&change, config, &mut control.borrow_mut(), &mut links.borrow_mut());
+        if let Err(error) = updated {
+            let known = control.borrow().uplink(*port).is_some();
+            if known || links.borrow().ifindex(*port).is_none() {
+                warn!("uplink {name}: {error}");
+            }
+            if links.borrow().ifindex(*port).is_none() {
+                control.borrow_mut().set_uplink(*port, Err(error));
             }
         }
     }
-    Ok(())
-}
-
-async fn next_hop(
-    kernel: &Kernel,
-    all: &[LinkState],
-    uplink: &LinkState,
-    neighbors: &BTreeMap<IpAddr, Neighbor>,
-    peer: IpAddr,
-) -> Result<NextHop, LinkError> {
-    let Some(route) = kernel.route_to(peer).await? else { return Ok(NextHop::default()) };
-    let address = route.gateway.unwrap_or(peer);
-    let mut next_hop = NextHop {
-        link: all.iter().find(|link| link.ifindex == route.ifindex).map(|link| link.name.clone()),
-        address: Some(address),
-        mac: None,
-    };
-    if route.ifindex == uplink.ifindex {
-        let neighbor = neighbors.get(&address);
-        next_hop.mac = neighbor.and_then(|neighbor| neighbor.mac);
-        if uplink.is_up && !neighbor.is_some_and(|neighbor| neighbor.is_fresh) {
-            kernel.resolve(uplink.ifindex, address).await?;
+    let mut neighbors = Neighbors::new();
+    for (.., link) in &present {
+        let of_link = kernel.neighbors(link.ifindex).await?;
+        neighbors.extend(of_link.into_iter().map(|(address, neighbor)| ((link.ifindex, address), neighbor)));
+    }
+    let vteps: Vec<IpAddr> = control.borrow().vteps().collect();
+    let uplinks: Vec<&LinkState> = present.iter().map(|(.., link)| link).collect();
+    for peer in vteps {
+        // What the kernel refuses for one peer must not keep it from the others.
+        match next_hops(kernel, &all, &uplinks, &neighbors, peer).await {
+            Ok(next_hops) => control.borrow_mut().set_next_hops(peer, next_hops),
+            Err(error) => {
+                debug!("peer {peer}: {error}");
+                control.borrow_mut().set_next_hops(peer, Vec::new());
+            }
         }
     }
-    Ok(next_hop)
+    Ok(all)
+}
+
+async fn next_hops(
+    kernel: &Kernel,
+    all: &[LinkState],
+    uplinks: &[&LinkState],
+    neighbors: &Neighbors,
+    peer: IpAddr,
+) -> Result<Vec<NextHop>, LinkError> {
+    let mut next_hops = Vec::new();
+    for route in kernel.routes_to(peer).await? {
+        let address = route.gateway.unwrap_or(peer);
+        let mut next_hop = NextHop {
+            link: all.iter().find(|link| link.ifindex == route.ifindex).map(|link| link.name.clone()),
+            address: Some(address),
+            mac: None,
+        };
+        if let Some(uplink) = uplinks.iter().find(|uplink| uplink.ifindex == route.ifindex) {
+            let neighbor = neighbors.get(&(route.ifindex, address));
+            next_hop.mac = neighbor.and_then(|neighbor| neighbor.mac);
+            if uplink.is_up && !neighbor.is_some_and(|neighbor| neighbor.is_fresh) {
+                kernel.resolve(uplink.ifindex, address).await?;
+            }
+        }
+        next_hops.push(next_hop);
+    }
+    Ok(next_hops)
 }
 
 /// The addresses of the configuration, or the link's first ones.
@@ -89,54 +119,101 @@ fn choose_vtep(config: &Uplink, addresses: &[IpAddr]) -> Vtep {
         v4: candidates.iter().find_map(|address| if let IpAddr::V4(v4) = address { Some(*v4) } else { None }),
         v6: candidates.iter().find_map(|address| if let IpAddr::V6(v6) = address { Some(*v6) } else { None }),
         port: config.udp_port,
+        vlan: config.vlan,
     }
 }
 
-/// Attaches the uplink if it is new, and tells control what it is now.
-fn update_uplink(
-    link: &LinkState,
+/// A configured VTEP that no link of this node has. With a tag of our own the kernel need not know it.
+fn foreign_vtep(config: &Uplink, own: &[IpAddr]) -> Option<IpAddr> {
+    config.vtep.iter().find(|vtep| config.vlan.is_none() && !own.contains(vtep)).copied()
+}
+
+/// An uplink as the kernel has it now.
+struct Change<'a> {
+    port: PortId,
+    /// Its name in the configuration.
+    name: &'a str,
+    link: &'a LinkState,
     vtep: Vtep,
-    config: &Uplink,
-    control: &mut Control,
-    links: &mut Links,
-) -> Result<(), String> {
-    let known = control.uplink().cloned();
-    let attached = match (links.ifindex(UPLINK_PORT), &known) {
-        (Some(ifindex), Some(known)) if ifindex == link.ifindex => {
+    /// How many receive queues it has, if the driver tells.
+    queues: Option<u32>,
+    foreign: Option<IpAddr>,
+}
+
+/// Attaches the uplink if it is new, and tells control what it is now and what has changed.
+fn update(change: &Change<'_>, config: &Uplink, control: &mut Control, links: &mut Links) -> Result<(), String> {
+    let Change { port, name, link, vtep, queues, foreign } = change;
+    let known = control.uplink(*port).cloned();
+    let mut notes = Vec::new();
+    let is_attached = links.ifindex(*port) == Some(link.ifindex);
+    let bound = known.as_ref().map(|known| known.attached.copy_modes.len() as u32);
+    let has_other_queues = is_attached && queues.is_some_and(|queues| bound.is_some_and(|bound| bound != queues));
+    let attached = match &known {
+        Some(known) if is_attached && !has_other_queues => {
             if (known.v4, known.v6) != (vtep.v4, vtep.v6)
-                && let Some(program) = links.program(UPLINK_PORT)
+                && let Some(program) = links.program(*port)
             {
-                program.set_vtep(vtep).map_err(|error| error.to_string())?;
-                info!("vtep is now {} {}", show(vtep.v4), show(vtep.v6));
+                program.set_vtep(*vtep).map_err(|error| error.to_string())?;
+                notes.push(format!("vtep changed to {} {}", show(vtep.v4), show(vtep.v6)));
+            }
+            if known.mtu != link.mtu {
+                notes.push(format!("mtu changed from {} to {}", known.mtu, link.mtu));
             }
             known.attached.clone()
         }
         _ => {
-            links.detach(UPLINK_PORT);
-            let role = Role::Uplink(vtep);
-            let attached = links.attach_uplink(UPLINK_PORT, link.ifindex, role, config.zero_copy.into())?;
+            links.detach(*port);
+            let attached = links.attach_uplink(*port, link.ifindex, Role::Uplink(*vtep), config.zero_copy.into())?;
             info!("uplink {} attached: xdp {}, {}", link.name, attached.xdp_mode, attached.copy_modes.join(" "));
+            match (has_other_queues, bound) {
+                (true, Some(before)) => {
+                    notes.push(format!("queues changed from {before} to {}", attached.copy_modes.len()));
+                }
+                _ if known.is_some() => notes.push("attached again".to_owned()),
+                _ => {}
+            }
             attached
         }
     };
-    control.set_uplink(Some(UplinkState {
-        link: link.name.clone(),
-        mac: link.mac,
-        mtu: link.mtu,
-        is_up: link.is_up,
-        v4: vtep.v4,
-        v6: vtep.v6,
-        attached,
-    }));
+    if let Some(known) = &known
+        && known.is_up != link.is_up
+    {
+        info!("uplink {} is {}", link.name, if link.is_up { "up" } else { "down" });
+    }
+    notes.iter().for_each(|note| info!("uplink {}: {note}", link.name));
+    let renamed = (link.name != *name).then(|| format!("renamed from {name}: set uplink.link = \"{}\"", link.name));
+    let foreign = foreign.map(|vtep| format!("vtep {vtep} is no address of this node"));
+    let standing: Vec<String> = renamed.into_iter().chain(foreign).collect();
+    let before = known.as_ref().and_then(|known| known.note.clone()).filter(|note| !is_standing(note));
+    let last = notes.pop().or(before);
+    let note: Vec<String> = standing.into_iter().chain(last).collect();
+    control.set_uplink(
+        *port,
+        Ok(UplinkState {
+            link: link.name.clone(),
+            mac: link.mac,
+            mtu: link.mtu,
+            is_up: link.is_up,
+            v4: vtep.v4,
+            v6: vtep.v6,
+            attached,
+            note: (!note.is_empty()).then(|| note.join("; ")),
+        }),
+    );
     Ok(())
 }
 
-fn lose(name: &str, control: &mut Control, links: &mut Links) {
-    if control.uplink().is_some() {
-        warn!("uplink {name} is gone: peers are unreachable until it is back");
-        links.detach(UPLINK_PORT);
-        control.set_uplink(None);
+/// True for what is said as long as it holds, and not once.
+fn is_standing(note: &str) -> bool {
+    note.starts_with("renamed") || note.contains("is no address of this node")
+}
+
+fn lose(port: PortId, name: &str, control: &mut Control, links: &mut Links) {
+    if control.uplink(port).is_some() {
+        warn!("uplink {name} is gone: it is attached again when it is back");
+        links.detach(port);
     }
+    control.set_uplink(port, Err(format!("gone: see `ip link show {name}`")));
 }
 
 /// A pod's end takes its veth along when its namespace goes; the port goes with it.
@@ -173,5 +250,7 @@ mod tests {
         config.vtep = vec!["192.0.2.9".parse().unwrap()];
         let vtep = choose_vtep(&config, &addresses);
         assert_eq!((vtep.v4, vtep.v6), (Some(Ipv4Addr::new(192, 0, 2, 9)), None));
+        assert_eq!(foreign_vtep(&config, &addresses), None);
+        assert_eq!(foreign_vtep(&config, &addresses[..1]), Some("192.0.2.9".parse().unwrap()));
     }
 }

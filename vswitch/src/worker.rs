@@ -230,7 +230,7 @@ impl WorkerThread {
                 self.sleeps += 1;
                 self.wait(match () {
                     () if self.setup.is_busy => Duration::ZERO,
-                    () if turn.is_sending => SLEEP_WHILE_SENDING,
+                    () if turn.is_sending || turn.is_holding => SLEEP_WHILE_SENDING,
                     () => SLEEP,
                 });
             }

@@ -211,6 +211,7 @@ fn floods_reach_every_node_once_and_never_come_back() {
         "192.0.2.1".parse().unwrap(),
         "192.0.2.2".parse().unwrap(),
         4789,
+        None,
     )
     .unwrap();
     let mut packet = vec![0; header.len()];

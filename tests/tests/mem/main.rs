@@ -6,9 +6,13 @@ mod bad_input;
 mod bridged;
 mod control;
 mod floors;
+mod host;
 mod oracle;
+mod ports;
 mod routed;
+mod router;
 mod tcp;
+mod underlay;
 mod vxlan;
 
 use vswitch_net::MacAddr;

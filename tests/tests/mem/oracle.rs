@@ -6,7 +6,7 @@ use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
 use proptest::prelude::*;
 use vswitch_dataplane::meta::{Checksum, Kind, Meta};
 use vswitch_dataplane::parse::parse;
-use vswitch_dataplane::{Access, DropReason, Network, NetworkMode, Port, PortKind, Snapshot};
+use vswitch_dataplane::{Access, DropReason, Network, NetworkMode, Port, PortKind, SenderCheck, Snapshot};
 use vswitch_net::{MacAddr, NetworkIndex, PortId, Vni};
 use vswitch_xsk::Umem;
 
@@ -14,16 +14,19 @@ use vswitch_xsk::Umem;
 const AUTHENTICATION: u8 = 51;
 
 fn snapshot() -> Snapshot {
-    let access = Access { network: NetworkIndex(0), mac: MacAddr([2; 6]), addresses: Vec::new() };
+    let access = Access::new(NetworkIndex(0), MacAddr([2; 6]), Vec::new(), SenderCheck::None);
     let network = Network {
         vni: Vni::try_from(1).unwrap(),
         mode: NetworkMode::Bridged,
-        spoof_check: false,
+        router_v4: None,
+        router_v6: None,
+        mss: None,
+        is_transparent: false,
         ports: vec![PortId(0)],
         flood_peers: Vec::new(),
     };
     let mut snapshot = Snapshot {
-        ports: vec![Some(Port { mtu: 65_000, kind: PortKind::Access(access) }.into())],
+        ports: vec![Some(Port { mtu: 65_000, kind: PortKind::Access(access), limits: None }.into())],
         ..Snapshot::default()
     };
     snapshot.networks = vec![Some(network.into())];
@@ -59,7 +62,7 @@ fn compare(bytes: &[u8], meta: &Meta) {
         NetSlice::Arp(_) => return,
     };
     assert_eq!(meta.protocol, payload.ip_number.0);
-    assert_eq!(meta.is_fragment, payload.fragmented);
+    assert_eq!(meta.fragment.is_some(), payload.fragmented);
     assert_eq!(usize::from(meta.l4), payload.payload.as_ptr() as usize - bytes.as_ptr() as usize);
     let ports = meta.key.fields().ports;
     match &sliced.transport {

@@ -13,7 +13,7 @@ use super::mac;
 pub(super) fn two_pods() -> (Switch, PortInfo, PortInfo) {
     let mut switch = Switch::new();
     switch
-        .ask_json(r#"{"op":"network_add","name":"pods","vni":7,"ranges":["10.1.0.0/24","fd01::/64"]}"#)
+        .ask_json(r#"{"op":"network_add","name":"pods","vni":7,"ranges":["10.1.0.0/24","fd01::/64"],"router":["10.1.0.254","fd01::fe"]}"#)
         .expect("a network");
     let one = switch.add_port("one", "pods", mac(1), &[]);
     let two = switch.add_port("two", "pods", mac(2), &[]);
@@ -172,7 +172,7 @@ fn a_removed_port_gets_nothing_more() {
     let frame = frames::udp(to_gateway(1), "10.1.0.1", "10.1.0.2", b"x");
     assert_eq!(switch.drop_of(one.id, &frame), None);
     switch.ask_json(r#"{"op":"port_del","link":"two"}"#).expect("done");
-    assert_eq!(switch.drop_of(one.id, &frame), Some(DropReason::NoRoute));
+    assert_eq!(switch.drop_of(one.id, &frame), Some(DropReason::NoHost));
     let again = switch.add_port("three", "pods", mac(3), &["10.1.0.2"]);
     assert_ne!(again.id, two.id, "news about the old port are not taken for the new one's");
     switch.send(one.id, &frame);

@@ -19,7 +19,7 @@ pub(super) fn routed(vteps: [&str; 2], wire: Wire, seed: u64) -> (Twin, [Vec<Por
         let (own, other) = (at + 1, 2 - at);
         let switch = &mut twin.switches[at];
         let network =
-            format!(r#"{{"op":"network_add","name":"pods","vni":66,"ranges":["10.{own}.0.0/24","fd0{own}::/64"]}}"#);
+            format!(r#"{{"op":"network_add","name":"pods","vni":66,"ranges":["10.{own}.0.0/24","fd0{own}::/64"],"router":["10.{own}.0.254","fd0{own}::fe"]}}"#);
         switch.ask_json(&network).expect("a network");
         for prefix in [format!("10.{other}.0.0/24"), format!("fd0{other}::/64")] {
             let route = format!(r#"{{"op":"route_add","network":"pods","prefix":"{prefix}","peer":"other"}}"#);
@@ -150,7 +150,7 @@ fn what_does_not_fit_the_wire_is_dropped_with_its_reason() {
 fn an_unresolved_peer_is_a_reason() {
     let (mut twin, pods) = routed(UNDERLAYS[0], Wire::default(), 1);
     let switch = &mut twin.switches[0];
-    switch.control.set_next_hop("192.0.2.2".parse().unwrap(), vswitch_control::NextHop::default());
+    switch.control.set_next_hops("192.0.2.2".parse().unwrap(), Vec::new());
     switch.settle();
     switch.ask_json(r#"{"op":"peer_add","name":"third","vtep":"192.0.2.3"}"#).expect("a peer");
     assert_eq!(switch.drop_of(pods[0][0].id, &udp("10.1.0.1", "10.2.0.1", b"x")), Some(DropReason::NoNeighbor));

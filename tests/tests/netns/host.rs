@@ -95,7 +95,7 @@ fn a_peer_comes_goes_and_comes_back() {
     node.ip("addr add 192.0.2.1/24 dev wire").unwrap();
     xtask::lab::wait_for(10, || state() == "reachable").unwrap();
     other.ip("link set wire down").unwrap();
-    let uplink = || daemon.ctl(&["status"]).unwrap()["uplink"]["state"].as_str().unwrap_or_default().to_owned();
+    let uplink = || daemon.ctl(&["status"]).unwrap()["uplinks"][0]["state"].as_str().unwrap_or_default().to_owned();
     xtask::lab::wait_for(10, || uplink().starts_with("down")).unwrap();
     other.ip("link set wire up").unwrap();
     xtask::lab::wait_for(10, || uplink() == "up" && state() == "reachable").unwrap();

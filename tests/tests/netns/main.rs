@@ -6,10 +6,14 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod bad_input;
+mod bgp;
 mod cni;
+mod evpn;
+mod flannel;
 mod host;
 mod kernel_peer;
 mod load;
+mod outside;
 mod podman;
 mod restart;
 mod throughput;

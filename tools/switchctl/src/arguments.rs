@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use ipnet::IpNet;
-use vswitch_api::{NetworkMode, NetworkSpec, PeerSpec};
+use vswitch_api::{Encap, NetworkMode, NetworkSpec, PeerSpec, PortMapping, Protocol, SenderCheck};
 use vswitch_net::{MacAddr, Vni};
 
 /// Sees and steers a vswitchd.
@@ -111,6 +111,33 @@ pub(crate) struct PortAdd {
     /// MTU of the pod's link.
     #[arg(long)]
     pub(crate) mtu: Option<u32>,
+    /// Leave the namespace's default route alone: another interface has it.
+    #[arg(long)]
+    pub(crate) no_default_route: bool,
+    /// What is checked of its packets, instead of what the network says.
+    #[arg(long, value_parser = parse_check)]
+    pub(crate) check: Option<SenderCheck>,
+    /// A VLAN of a trunk port; may be repeated. `--network` is the native one.
+    #[arg(long = "trunk", value_name = "VLAN")]
+    pub(crate) trunk: Vec<u16>,
+    /// A trunk port that takes tagged frames only.
+    #[arg(long, requires = "trunk")]
+    pub(crate) no_native: bool,
+    /// Exchange nothing with other isolated ports.
+    #[arg(long)]
+    pub(crate) isolated: bool,
+    /// Send back what comes for the port itself.
+    #[arg(long)]
+    pub(crate) hairpin: bool,
+    /// Bits a second to the pod.
+    #[arg(long, value_name = "BITS", default_value_t = 0)]
+    pub(crate) ingress_rate: u64,
+    /// Bits a second from the pod.
+    #[arg(long, value_name = "BITS", default_value_t = 0)]
+    pub(crate) egress_rate: u64,
+    /// A port of the host that leads to one of the pod, as 8080:80 or 53:53/udp; may be repeated.
+    #[arg(long = "publish", value_name = "HOST:POD", value_parser = parse_mapping)]
+    pub(crate) publish: Vec<PortMapping>,
     /// Labels to keep with the port.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
     pub(crate) labels: Vec<(String, String)>,
@@ -167,6 +194,21 @@ pub(crate) struct NetworkAdd {
     /// Let ports send with any address.
     #[arg(long)]
     no_spoof_check: bool,
+    /// This node's own address in a routed network; one a family; the first of the ranges unless named.
+    #[arg(long = "router", value_name = "ADDRESS")]
+    router: Vec<IpAddr>,
+    /// Lower the segment size that TCP connections over the wire announce.
+    #[arg(long)]
+    mss_clamp: bool,
+    /// 802.1Q identifier on trunk ports.
+    #[arg(long)]
+    vlan: Option<u16>,
+    /// Carry frames that have tags as they are (QinQ).
+    #[arg(long)]
+    transparent: bool,
+    /// A VXLAN device of the kernel whose forwarding entries are followed, for EVPN.
+    #[arg(long, value_name = "DEVICE")]
+    follow: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -199,6 +241,9 @@ pub(crate) struct PeerAdd {
     /// A bridged network whose broadcasts it gets; may be repeated; all unless named.
     #[arg(long = "network")]
     networks: Vec<String>,
+    /// How packets of the host's network travel to it.
+    #[arg(long, value_parser = parse_encap, default_value = "vxlan")]
+    encap: Encap,
 }
 
 #[derive(Debug, Subcommand)]
@@ -323,6 +368,11 @@ impl NetworkAdd {
             gateway_v4: self.gateway_v4,
             gateway_v6: self.gateway_v6,
             spoof_check: !self.no_spoof_check,
+            router: (!self.router.is_empty()).then(|| self.router.clone()),
+            mss_clamp: self.mss_clamp,
+            vlan: self.vlan,
+            transparent: self.transparent,
+            follow: self.follow.clone(),
         }
     }
 }
@@ -334,6 +384,7 @@ impl PeerAdd {
             vtep: self.vtep,
             router_mac: self.router_mac,
             networks: (!self.networks.is_empty()).then(|| self.networks.clone()),
+            encap: self.encap,
         }
     }
 }
@@ -341,6 +392,38 @@ impl PeerAdd {
 fn parse_vni(text: &str) -> Result<Vni, String> {
     let number: u32 = text.parse().map_err(|_| format!("{text} is no VNI: allowed are 0 to 16777215"))?;
     Vni::try_from(number).map_err(|error| error.to_string())
+}
+
+fn parse_encap(text: &str) -> Result<Encap, String> {
+    match text {
+        "vxlan" => Ok(Encap::Vxlan),
+        "cross-subnet" => Ok(Encap::CrossSubnet),
+        "direct" => Ok(Encap::Direct),
+        _ => Err(format!("\"{text}\" is unknown: allowed are vxlan, cross-subnet and direct")),
+    }
+}
+
+fn parse_check(text: &str) -> Result<SenderCheck, String> {
+    match text {
+        "none" => Ok(SenderCheck::None),
+        "mac" => Ok(SenderCheck::Mac),
+        "full" => Ok(SenderCheck::Full),
+        _ => Err(format!("\"{text}\" is unknown: allowed are none, mac and full")),
+    }
+}
+
+fn parse_mapping(text: &str) -> Result<PortMapping, String> {
+    let wrong = || format!("\"{text}\" is no mapping: write HOST:POD or HOST:POD/udp, as 8080:80");
+    let (ports, protocol) = match text.split_once('/') {
+        Some((ports, "tcp")) => (ports, Protocol::Tcp),
+        Some((ports, "udp")) => (ports, Protocol::Udp),
+        Some((ports, "sctp")) => (ports, Protocol::Sctp),
+        Some(_) => return Err(wrong()),
+        None => (text, Protocol::Tcp),
+    };
+    let (host, pod) = ports.split_once(':').ok_or_else(wrong)?;
+    let number = |text: &str| text.parse().map_err(|_| wrong());
+    Ok(PortMapping { host_port: number(host)?, container_port: number(pod)?, protocol, host_ip: None })
 }
 
 fn parse_label(text: &str) -> Result<(String, String), String> {

@@ -4,8 +4,8 @@ use std::fmt::Display;
 use std::io::{self, Write};
 
 use comfy_table::{ContentArrangement, Table, presets};
-use ipnet::IpNet;
-use vswitch_api::{Answer, DropInfo, PortInfo, PortStats, StatsInfo, StatusInfo};
+
+use vswitch_api::{Answer, DropInfo, Encap, HostInfo, PortInfo, PortStats, StatsInfo, StatusInfo, UplinkInfo};
 
 /// Free addresses that nobody counts any more.
 const PLENTY: u64 = 1 << 32;
@@ -82,15 +82,17 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
         }
         Answer::Networks { networks } => table(
             out,
-            ["NETWORK", "VNI", "MODE", "SUBNETS", "RANGES", "SPOOF CHECK", "PORTS", "WIRE MTU"],
+            ["NETWORK", "VNI", "VLAN", "MODE", "SUBNETS", "RANGES", "ROUTER", "SPOOF CHECK", "PORTS", "WIRE MTU"],
             networks.iter().map(|network| {
                 let mode = format!("{:?}", network.mode).to_lowercase();
                 row([
                     &network.name,
                     &network.vni,
+                    &or_dash(network.vlan),
                     &mode,
                     &join(&network.subnets),
                     &join(&network.ranges),
+                    &join(&network.router),
                     &on(network.spoof_check),
                     &network.ports,
                     &network.wire_mtu,
@@ -99,10 +101,20 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
         ),
         Answer::Peers { peers } => table(
             out,
-            ["PEER", "VTEP", "ROUTER MAC", "NETWORKS", "STATE"],
+            ["PEER", "VTEP", "ENCAP", "ROUTER MAC", "NETWORKS", "UPLINKS", "STATE"],
             peers.iter().map(|peer| {
-                let networks = peer.networks.as_ref().map_or_else(|| "all".to_owned(), |names| names.join(","));
-                row([&peer.name, &peer.vtep, &peer.router_mac, &networks, &peer.state])
+                let networks = match &peer.networks {
+                    None => "all".to_owned(),
+                    Some(names) if names.is_empty() => "-".to_owned(),
+                    Some(names) => names.join(","),
+                };
+                let encap = match peer.encap {
+                    Encap::Vxlan => "vxlan",
+                    Encap::CrossSubnet => "cross-subnet",
+                    Encap::Direct => "direct",
+                };
+                let uplinks = if peer.uplinks.is_empty() { "-".to_owned() } else { peer.uplinks.join(",") };
+                row([&peer.name, &peer.vtep, &encap, &peer.router_mac, &networks, &uplinks, &peer.state])
             }),
         ),
         Answer::Fdb { stations } => table(
@@ -116,8 +128,11 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
         ),
         Answer::Routes { routes } => table(
             out,
-            ["NETWORK", "PREFIX", "TO"],
-            routes.iter().map(|route| row([&route.network, &route.prefix, &route.to])),
+            ["NETWORK", "PREFIX", "TO", "FROM"],
+            routes.iter().map(|route| {
+                let from = if route.is_imported { "kernel" } else { "-" };
+                row([&route.network, &route.prefix, &route.to, &from])
+            }),
         ),
         Answer::Neighbors { neighbors } => table(
             out,
@@ -167,26 +182,13 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
         status.memory_bytes >> 20,
         status.generation
     )?;
-    match &status.uplink {
-        Some(uplink) => {
-            let vteps = [uplink.vtep_v4.map(|v4| v4.to_string()), uplink.vtep_v6.map(|v6| v6.to_string())];
-            let vteps: Vec<String> = vteps.into_iter().flatten().collect();
-            writeln!(
-                out,
-                "uplink {}: {}, mtu {}, vtep {} port {}, xdp {}, {}",
-                uplink.link,
-                uplink.state,
-                uplink.mtu,
-                if vteps.is_empty() { "none".to_owned() } else { vteps.join(" ") },
-                uplink.udp_port,
-                mode(&uplink.xdp_mode, uplink.xdp_fallback.as_deref()),
-                uplink.copy_modes.join(",")
-            )?;
-        }
-        None => match &status.uplink_expected {
-            Some(link) => writeln!(out, "uplink {link}: gone; see `ip link show`")?,
-            None => writeln!(out, "uplink: none; this node is on its own")?,
-        },
+    if status.uplinks.is_empty() {
+        writeln!(out, "uplink: none; this node is on its own")?;
+    }
+    status.uplinks.iter().try_for_each(|uplink| print_uplink(out, uplink))?;
+    if let Some(HostInfo { link, network, addresses, masquerade, state }) = &status.host {
+        let masquerade = if *masquerade { "masquerades" } else { "does not masquerade" };
+        writeln!(out, "host {link}: {state}, network {network}, addresses {}, {masquerade}", join(addresses))?;
     }
     writeln!(
         out,
@@ -202,7 +204,7 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
     }
     table(
         out,
-        ["WORKER", "CORE", "FRAMES FREE", "FLOW HITS", "MISSES", "EVENTS LOST", "TURNS", "SLEEPS"],
+        ["WORKER", "CORE", "FRAMES FREE", "FLOW HITS", "MISSES", "ICMP SENT", "HELD", "EVENTS LOST", "TURNS", "SLEEPS"],
         status.workers.iter().map(|worker| {
             let frames = format!("{} of {}", worker.umem_free, worker.umem_frames);
             row([
@@ -211,11 +213,34 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
                 &frames,
                 &worker.flow_hits,
                 &worker.flow_misses,
+                &worker.errors_sent,
+                &worker.errors_held,
                 &worker.events_lost,
                 &worker.turns,
                 &worker.sleeps,
             ])
         }),
+    )
+}
+
+/// One line, with the reason if something is amiss.
+fn print_uplink(out: &mut impl Write, uplink: &UplinkInfo) -> io::Result<()> {
+    if uplink.copy_modes.is_empty() {
+        return writeln!(out, "uplink {}: {}", uplink.link, uplink.state);
+    }
+    let vteps = [uplink.vtep_v4.map(|v4| v4.to_string()), uplink.vtep_v6.map(|v6| v6.to_string())];
+    let vteps: Vec<String> = vteps.into_iter().flatten().collect();
+    writeln!(
+        out,
+        "uplink {}: {}, mtu {}, vtep {} port {}, xdp {}, {}{}",
+        uplink.link,
+        uplink.state,
+        uplink.mtu,
+        if vteps.is_empty() { "none".to_owned() } else { vteps.join(" ") },
+        uplink.udp_port,
+        mode(&uplink.xdp_mode, uplink.xdp_fallback.as_deref()),
+        uplink.copy_modes.join(","),
+        uplink.note.as_ref().map_or_else(String::new, |note| format!("; {note}"))
     )
 }
 
@@ -228,6 +253,23 @@ fn print_port(out: &mut impl Write, port: &PortInfo) -> io::Result<()> {
         route.gateway.map_or(Ok(()), |gateway| write!(out, " via {gateway}"))?;
         route.mtu.map_or(Ok(()), |mtu| write!(out, " mtu {mtu}"))?;
         writeln!(out)?;
+    }
+    if !port.trunk.is_empty() {
+        writeln!(out, "  trunk, vlans {}", join(&port.trunk))?;
+    }
+    if !port.bandwidth.is_unlimited() {
+        let rate = |bits: u64| if bits == 0 { "unlimited".to_owned() } else { format!("{bits} bit/s") };
+        let (to, from) = (rate(port.bandwidth.ingress_rate), rate(port.bandwidth.egress_rate));
+        writeln!(out, "  to the pod {to}, from it {from}")?;
+    }
+    for mapping in &port.port_mappings {
+        writeln!(
+            out,
+            "  port {} of the host leads to {}/{}",
+            mapping.host_port,
+            mapping.container_port,
+            mapping.protocol.name()
+        )?;
     }
     if let Some(attachment) = &port.attachment {
         writeln!(out, "  container {} interface {}", attachment.container_id, attachment.ifname)?;
@@ -342,12 +384,8 @@ fn mode(mode: &str, fallback: Option<&str>) -> String {
     fallback.map_or_else(|| mode.to_owned(), |reason| format!("{mode} ({reason})"))
 }
 
-fn join(prefixes: &[IpNet]) -> String {
-    if prefixes.is_empty() {
-        "-".to_owned()
-    } else {
-        prefixes.iter().map(IpNet::to_string).collect::<Vec<_>>().join(",")
-    }
+fn join<T: Display>(list: &[T]) -> String {
+    if list.is_empty() { "-".to_owned() } else { list.iter().map(T::to_string).collect::<Vec<_>>().join(",") }
 }
 
 fn or_dash(value: Option<impl Display>) -> String {

@@ -20,6 +20,15 @@ pub(crate) fn add(client: &mut Client, add: &PortAdd) -> anyhow::Result<Answer> 
     port.addresses.clone_from(&add.ips);
     port.mtu = add.mtu;
     port.labels = add.labels.iter().cloned().collect();
+    port.default_route = !add.no_default_route;
+    port.check = add.check;
+    port.trunk.clone_from(&add.trunk);
+    port.native = !add.no_native;
+    port.isolated = add.isolated;
+    port.hairpin = add.hairpin;
+    port.bandwidth.ingress_rate = add.ingress_rate;
+    port.bandwidth.egress_rate = add.egress_rate;
+    port.port_mappings.clone_from(&add.publish);
     let Some(netns) = &add.netns else { return Ok(client.call(Request::PortAdd(port))?) };
     port.netns = Some(netns.display().to_string());
     let plugged = runtime()?.block_on(plug(client, &Plug { netns, ifname: &add.ifname, port }))?;

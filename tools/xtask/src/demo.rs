@@ -152,7 +152,7 @@ impl Demo {
             let status = daemon.ctl(&["status"]).unwrap_or_default();
             let stats = daemon.ctl(&["stats"]).unwrap_or_default();
             let flows = daemon.ctl(&["flow", "list"]).unwrap_or_default();
-            let uplink = &status["uplink"];
+            let uplink = &status["uplinks"][0];
             let detail = format!(
                 "{} ports, uplink xdp {} {}, {} of {} peers reachable, {} MiB",
                 status["ports"],

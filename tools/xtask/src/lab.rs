@@ -168,6 +168,17 @@ impl Lab {
         Ok(daemon)
     }
 
+    /// Writes a file of the laboratory that every user may read; its path.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file system.
+    pub fn file(&self, name: &str, text: &str) -> anyhow::Result<String> {
+        let path = self.directory.join(name);
+        fs::write(&path, text)?;
+        Ok(path.to_string_lossy().into_owned())
+    }
+
     /// Starts a process in a namespace that the laboratory will stop. Its output goes to the laboratory's directory.
     ///
     /// # Errors

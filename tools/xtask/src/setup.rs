@@ -26,7 +26,12 @@ const PACKAGES: &[(&str, &str)] = &[
     ("podman", "real containers on our conflist"),
     ("runc", "podman's runtime"),
     ("openvswitch-switch", "the peer of the throughput ratio"),
-    ("python3", "packs the container image"),
+    ("python3", "packs the container image; small servers of tests"),
+    ("python3-scapy", "another decoder: reads the ICMP errors, makes frames with tags"),
+    ("nftables", "masquerade and mapped ports of the host"),
+    ("traceroute", "paths in the demo"),
+    ("bird2", "a routing daemon of the tests"),
+    ("frr", "a routing daemon of the tests, for BGP and EVPN"),
 ];
 
 /// Installs what is missing, and says what.

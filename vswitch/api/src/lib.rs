@@ -19,10 +19,13 @@ mod response;
 
 pub use client::{Client, ClientError};
 pub use error::{ApiError, ErrorCode, sentence};
-pub use request::{Attachment, FdbSpec, FdbTarget, NetworkMode, NetworkSpec, PeerSpec, PortSpec, Request, RouteSpec};
+pub use request::{
+    Attachment, Bandwidth, Encap, FdbSpec, FdbTarget, NetworkMode, NetworkSpec, PeerSpec, PortMapping, PortSpec,
+    Protocol, Request, RouteSpec, SenderCheck,
+};
 pub use response::{
-    Answer, DropInfo, FdbInfo, FlowInfo, IpamInfo, NeighborInfo, NetworkInfo, PeerInfo, PodRoute, PortInfo, PortStats,
-    RouteInfo, SocketInfo, StatsInfo, StatusInfo, UplinkInfo, WorkerInfo,
+    Answer, DropInfo, FdbInfo, FlowInfo, HostInfo, IpamInfo, NeighborInfo, NetworkInfo, PeerInfo, PodRoute, PortInfo,
+    PortStats, RouteInfo, SocketInfo, StatsInfo, StatusInfo, UplinkInfo, WorkerInfo,
 };
 
 use serde::{Deserialize, Serialize};

@@ -124,6 +124,89 @@ pub struct PortSpec {
     /// Labels, such as the pod's name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+    /// Whether the pod's default route leads here. Not for a second interface beside one that has it.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub default_route: bool,
+    /// What is checked of its packets; none for what the network says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<SenderCheck>,
+    /// VLANs of a trunk port, each a network's `vlan`. Empty for an access port.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trunk: Vec<u16>,
+    /// Whether a trunk port carries its own network without a tag (the native VLAN).
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub native: bool,
+    /// Exchanges nothing with other isolated ports.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub isolated: bool,
+    /// May get its own packets back.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub hairpin: bool,
+    /// How much may pass.
+    #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
+    pub bandwidth: Bandwidth,
+    /// Ports of the host that lead here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub port_mappings: Vec<PortMapping>,
+}
+
+/// What is checked of a packet from a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SenderCheck {
+    /// Nothing: a router or a bridge is behind it.
+    None,
+    /// The source MAC.
+    Mac,
+    /// The source MAC and address, and what ARP and neighbor discovery claim.
+    Full,
+}
+
+/// Rates of a port (CNI conventions, `bandwidth`). Ingress is towards the pod. A rate of zero is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields, default)]
+pub struct Bandwidth {
+    /// Bits a second to the pod.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub ingress_rate: u64,
+    /// Bits at once to the pod.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub ingress_burst: u64,
+    /// Bits a second from the pod.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub egress_rate: u64,
+    /// Bits at once from the pod.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub egress_burst: u64,
+}
+
+/// A port of the host that leads to a pod's (CNI conventions, `portMappings`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortMapping {
+    /// The host's.
+    pub host_port: u16,
+    /// The pod's.
+    pub container_port: u16,
+    /// Of which protocol.
+    #[serde(default)]
+    pub protocol: Protocol,
+    /// The host's address; none for all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_ip: Option<IpAddr>,
+}
+
+/// A protocol with ports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
 }
 
 /// One interface of one container (CNI specification, section 2).
@@ -173,6 +256,22 @@ pub struct NetworkSpec {
     /// Whether a port may send with its own addresses only.
     #[serde(default = "yes")]
     pub spoof_check: bool,
+    /// Routed networks: this node's own addresses, from which its ICMP errors come and by which the host's stack is
+    /// reached. None for the first address of the first range of each family.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router: Option<Vec<IpAddr>>,
+    /// Routed networks: lower the segment size that TCP connections over the wire announce to what fits it.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub mss_clamp: bool,
+    /// Bridged networks: a VXLAN device of the kernel whose forwarding entries are followed, for EVPN.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub follow: Option<String>,
+    /// Its 802.1Q identifier on trunk ports, 1 to 4094.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<u16>,
+    /// Bridged networks: carry frames that have tags as they are (QinQ).
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub transparent: bool,
 }
 
 /// Another node.
@@ -189,6 +288,22 @@ pub struct PeerSpec {
     /// Bridged networks whose floods it gets; none for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub networks: Option<Vec<String>>,
+    /// How packets of the host's network travel to it. Those of other networks always travel in VXLAN.
+    #[serde(default, skip_serializing_if = "Encap::is_vxlan")]
+    pub encap: Encap,
+}
+
+/// How packets of the network that is joined to the host travel to a peer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Encap {
+    /// In VXLAN.
+    #[default]
+    Vxlan,
+    /// As they are if the peer is on the uplink's link, else in VXLAN.
+    CrossSubnet,
+    /// As they are: the underlay's routers know the pods' addresses.
+    Direct,
 }
 
 /// A route to a peer.
@@ -238,6 +353,38 @@ impl PortSpec {
             owner: None,
             netns: None,
             labels: BTreeMap::new(),
+            default_route: true,
+            check: None,
+            trunk: Vec::new(),
+            native: true,
+            isolated: false,
+            hairpin: false,
+            bandwidth: Bandwidth::default(),
+            port_mappings: Vec::new(),
+        }
+    }
+}
+
+impl Bandwidth {
+    /// True if nothing is limited.
+    pub fn is_unlimited(&self) -> bool {
+        self.ingress_rate == 0 && self.egress_rate == 0
+    }
+}
+
+impl Encap {
+    fn is_vxlan(&self) -> bool {
+        *self == Encap::Vxlan
+    }
+}
+
+impl Protocol {
+    /// As nftables and people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+            Protocol::Sctp => "sctp",
         }
     }
 }
@@ -305,4 +452,19 @@ fn default_flow_limit() -> usize {
 
 fn yes() -> bool {
     true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_yes(value: &bool) -> bool {
+    *value
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_no(value: &bool) -> bool {
+    !*value
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_zero(value: &u64) -> bool {
+    *value == 0
 }

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use vswitch_net::{MacAddr, PortId, Vni};
 
-use crate::request::{Attachment, FdbTarget, NetworkMode};
+use crate::request::{Attachment, Bandwidth, Encap, FdbTarget, NetworkMode, PortMapping};
 
 /// The answer to a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -76,10 +76,10 @@ pub struct StatusInfo {
     pub generation: u64,
     /// Workers.
     pub workers: Vec<WorkerInfo>,
-    /// The uplink, if there is one.
-    pub uplink: Option<UplinkInfo>,
-    /// The link that the configuration names as the uplink.
-    pub uplink_expected: Option<String>,
+    /// The uplinks.
+    pub uplinks: Vec<UplinkInfo>,
+    /// The host's own port, if there is one.
+    pub host: Option<HostInfo>,
     /// Number of ports.
     pub ports: usize,
     /// Ports of a former daemon that could not be adopted yet; the log says why.
@@ -94,6 +94,21 @@ pub struct StatusInfo {
     pub ipam: Vec<IpamInfo>,
     /// Resident memory of the daemon, bytes.
     pub memory_bytes: u64,
+}
+
+/// The port that leads into the host's stack.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostInfo {
+    /// The host's link.
+    pub link: String,
+    /// The network that it joins.
+    pub network: String,
+    /// The host's addresses there.
+    pub addresses: Vec<IpAddr>,
+    /// Whether what leaves the cluster gets the host's address.
+    pub masquerade: bool,
+    /// `up`, or what is missing.
+    pub state: String,
 }
 
 /// Addresses of one network.
@@ -120,6 +135,10 @@ pub struct WorkerInfo {
     pub umem_frames: usize,
     /// Of these, free.
     pub umem_free: usize,
+    /// ICMP errors sent.
+    pub errors_sent: u64,
+    /// ICMP errors not sent, because a port had caused too many.
+    pub errors_held: u64,
     /// Flow lookups that hit.
     pub flow_hits: u64,
     /// Flow lookups that missed.
@@ -139,6 +158,9 @@ pub struct UplinkInfo {
     pub link: String,
     /// What state it is in, and why.
     pub state: String,
+    /// What happened to it last, or is amiss with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
     /// Its MAC address.
     pub mac: MacAddr,
     /// Its MTU.
@@ -182,6 +204,15 @@ pub struct PortInfo {
     pub netns: Option<String>,
     /// Labels.
     pub labels: BTreeMap<String, String>,
+    /// VLANs of a trunk.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trunk: Vec<u16>,
+    /// Rates.
+    #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
+    pub bandwidth: Bandwidth,
+    /// Ports of the host that lead here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub port_mappings: Vec<PortMapping>,
     /// `native` or `generic`.
     pub xdp_mode: String,
     /// Why not native, if so.
@@ -214,10 +245,20 @@ pub struct NetworkInfo {
     pub subnets: Vec<IpNet>,
     /// This node's ranges.
     pub ranges: Vec<IpNet>,
+    /// This node's own addresses in it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub router: Vec<IpAddr>,
+    /// Its 802.1Q identifier on trunk ports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<u16>,
     /// Whether senders are checked.
     pub spoof_check: bool,
     /// Ports here.
     pub ports: usize,
+    /// Routes to peers, asked for and imported.
+    pub routes: usize,
+    /// Stations of a bridged network, of all kinds.
+    pub stations: usize,
     /// MTU of routes that leave the node.
     pub wire_mtu: u32,
     /// Its place in the order of making; ports that name no network go to the lowest.
@@ -235,6 +276,12 @@ pub struct PeerInfo {
     pub router_mac: MacAddr,
     /// Bridged networks whose floods it gets; none for all.
     pub networks: Option<Vec<String>>,
+    /// How packets of the host's network travel to it.
+    pub encap: Encap,
+    /// True if a routing daemon made it known.
+    pub is_imported: bool,
+    /// The uplinks that lead to it.
+    pub uplinks: Vec<String>,
     /// Whether packets can be sent to it, or why not.
     pub state: String,
 }
@@ -263,6 +310,9 @@ pub struct RouteInfo {
     pub prefix: IpNet,
     /// Where it leads.
     pub to: FdbTarget,
+    /// True if a routing daemon made it known.
+    #[serde(default)]
+    pub is_imported: bool,
 }
 
 /// A next hop of the underlay.

@@ -1,17 +1,19 @@
 //! Requests that change something: every check first, then the change.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use vswitch_api::{
-    Answer, ApiError, Attachment, ErrorCode, FdbSpec, FdbTarget, NetworkMode, NetworkSpec, PeerSpec, PortSpec, Request,
-    RouteSpec,
+    Answer, ApiError, Attachment, Bandwidth, Encap, ErrorCode, FdbSpec, FdbTarget, NetworkMode, NetworkSpec, PeerSpec,
+    PortSpec, Request, RouteSpec,
 };
-use vswitch_dataplane::{Location, table::route};
+use vswitch_dataplane::{Bucket, Limits, Location};
 use vswitch_net::{MacAddr, NetworkIndex, POD_LINK_MTU, POD_LINK_MTU_MIN, PortId};
 
 use crate::backend::Backend;
 use crate::desired::{NetworkEntry, PeerEntry, PortEntry, RouteEntry, StationEntry, not_found};
+use crate::routes::routers;
 use crate::state::PortRecord;
 use crate::{Control, Dirty, ipam};
 
@@ -60,16 +62,58 @@ impl Control {
                 "gateway_v4 and gateway_v6 are for bridged networks: in a routed one the switch is the gateway",
             ));
         }
+        self.check_network_ports(&spec)?;
         let index = self.desired.free_network().ok_or_else(|| exhausted("there are 65535 networks already"))?;
         let is_configured = self.desired.is_configuring;
         self.desired.networks.insert(spec.name.clone(), NetworkEntry { index, spec, is_configured });
+        self.settle_network(index);
         self.mark(Dirty::Change);
         Ok(Answer::Done)
     }
 
+    /// What concerns the host, trunks and the node's own addresses.
+    fn check_network_ports(&self, spec: &NetworkSpec) -> Result<(), ApiError> {
+        let is_routed = spec.mode == NetworkMode::Routed;
+        for &router in spec.router.iter().flatten() {
+            check_unicast("router", router)?;
+            if !is_routed {
+                return Err(invalid("router is for routed networks: a bridged one takes gateway_v4 and gateway_v6"));
+            }
+            let of_family = spec.router.iter().flatten().filter(|other| other.is_ipv4() == router.is_ipv4());
+            if of_family.count() > 1 {
+                return Err(invalid("router: one address of each family, not more"));
+            }
+        }
+        if spec.mss_clamp && !is_routed {
+            return Err(invalid("mss_clamp is for routed networks: a bridged one is changed by nobody"));
+        }
+        if spec.transparent && is_routed {
+            return Err(invalid("transparent is for bridged networks: a routed one carries no tags"));
+        }
+        if let Some(vid) = spec.vlan {
+            if !(1..=4094).contains(&vid) {
+                return Err(invalid(format!("vlan: {vid} is not allowed; allowed are 1 to 4094 (802.1Q)")));
+            }
+            if let Some(other) = self.desired.networks.values().find(|other| other.spec.vlan == Some(vid)) {
+                return Err(conflict(format!("vlan {vid} belongs to network \"{}\" already", other.spec.name)));
+            }
+        }
+        if self.is_host_network(spec) && (!is_routed || routers(spec).is_empty()) {
+            return Err(invalid(format!(
+                "network \"{}\" is to be joined to the host: it must be routed, with ranges or a router address",
+                spec.name
+            )));
+        }
+        Ok(())
+    }
+
     fn remove_network(&mut self, name: &str) -> Applied {
+        if self.config.host_network.as_deref() == Some(name) {
+            return Err(conflict(format!("network \"{name}\" is joined to the host: take it out of [host] first")));
+        }
         let index = self.desired.network(Some(name))?.index;
-        let ports = self.desired.ports.values().filter(|port| port.network == index).count();
+        let ports =
+            self.desired.ports.values().filter(|port| port.network == index || self.desired.is_in(port, index)).count();
         if ports > 0 {
             return Err(conflict(format!(
                 "network \"{name}\" has {ports} ports: remove them first (`switchctl port list`)"
@@ -87,7 +131,7 @@ impl Control {
             self.desired.routes.keys().filter(|(network, _)| *network == index).map(|&(_, prefix)| prefix).collect();
         for prefix in routes {
             self.desired.routes.remove(&(index, prefix));
-            self.tables.routes.remove(index, prefix.addr(), prefix.prefix_len());
+            self.settle(index, prefix);
         }
         let mut stations = self.learned.forget_network(index);
         self.desired.stations.retain(|&(network, mac), _| {
@@ -97,7 +141,9 @@ impl Control {
             network != index
         });
         self.forget_stations(stations);
-        self.desired.networks.remove(name);
+        if let Some(entry) = self.desired.networks.remove(name) {
+            self.unsettle_network(&entry);
+        }
         self.mark(Dirty::Change);
         Ok(Answer::Done)
     }
@@ -108,12 +154,12 @@ impl Control {
             return Err(conflict(format!("peer \"{}\" exists: remove it first, or choose another name", spec.name)));
         }
         check_unicast("vtep", spec.vtep)?;
-        if let Some(other) = self.desired.peers.values().find(|other| other.spec.vtep == spec.vtep) {
+        if let Some(other) =
+            self.desired.peers.values().find(|other| other.spec.vtep == spec.vtep && !other.is_imported)
+        {
             return Err(conflict(format!("vtep {} belongs to peer \"{}\" already", spec.vtep, other.spec.name)));
         }
-        if let Some(uplink) = &self.underlay.uplink
-            && uplink.vtep_for(spec.vtep) == Some(spec.vtep)
-        {
+        if self.underlay.is_ours(spec.vtep) {
             return Err(invalid(format!("vtep {} is this node's own: name another node's", spec.vtep)));
         }
         if let Some(mac) = spec.router_mac {
@@ -122,9 +168,23 @@ impl Control {
         for name in spec.networks.iter().flatten() {
             self.desired.network(Some(name))?;
         }
-        let index = self.desired.free_peer().ok_or_else(|| exhausted("there are 65535 peers already"))?;
+        if spec.encap != Encap::Vxlan && self.host_network().is_none_or(|network| network.spec.subnets.is_empty()) {
+            return Err(invalid(
+                "encap: without VXLAN only the network that is joined to the host can travel, if it says what the \
+                 cluster's addresses are: set [host] network, and its `subnets`",
+            ));
+        }
+        let index = match self.desired.by_vtep.get(&spec.vtep) {
+            // Known from a routing daemon so far; its routes now lead to the one that was asked for.
+            Some(&index) => {
+                let name = self.desired.peer_name(index);
+                self.desired.remove_peer(&name);
+                index
+            }
+            None => self.desired.free_peer().ok_or_else(|| exhausted("there are 65535 peers already"))?,
+        };
         let is_configured = self.desired.is_configuring;
-        self.desired.peers.insert(spec.name.clone(), PeerEntry { index, spec, is_configured });
+        self.desired.insert_peer(PeerEntry { index, spec, is_configured, is_imported: false });
         self.mark(Dirty::Change);
         Ok(Answer::Done)
     }
@@ -135,7 +195,7 @@ impl Control {
             self.desired.routes.iter().filter(|(_, route)| route.peer == name).map(|(&key, _)| key).collect();
         for (network, prefix) in routes {
             self.desired.routes.remove(&(network, prefix));
-            self.tables.routes.remove(network, prefix.addr(), prefix.prefix_len());
+            self.settle(network, prefix);
         }
         let mut stations = self.learned.forget_location(Location::Peer(index));
         self.desired.stations.retain(|&station, entry| {
@@ -146,8 +206,17 @@ impl Control {
             !goes
         });
         self.forget_stations(stations);
-        self.desired.peers.remove(name);
+        self.desired.remove_peer(name);
         self.underlay.next_hops.remove(&vtep);
+        self.desired.imported_counts.remove(&index);
+        let imported: Vec<_> =
+            self.desired.imported.iter().filter(|(_, peer)| **peer == index).map(|(&key, _)| key).collect();
+        for (network, prefix) in imported {
+            // A routing daemon still knows them: they go on by a peer of their own.
+            self.desired.imported.remove(&(network, prefix));
+            self.import_route(prefix, Some(vtep));
+            self.settle(network, prefix);
+        }
         self.mark(Dirty::Change);
         Ok(Answer::Done)
     }
@@ -167,7 +236,7 @@ impl Control {
         if self.desired.addresses(network.index).iter().any(|&address| IpNet::from(address) == spec.prefix) {
             return Err(conflict(format!("{} is the address of a port of this node", spec.prefix.addr())));
         }
-        let peer = self.desired.peer(&spec.peer)?.index;
+        self.desired.peer(&spec.peer)?;
         let key = (network.index, spec.prefix);
         if let Some(route) = self.desired.routes.get(&key) {
             return Err(conflict(format!(
@@ -175,9 +244,9 @@ impl Control {
                 spec.prefix, route.peer
             )));
         }
-        self.tables.routes.insert(key.0, spec.prefix.addr(), spec.prefix.prefix_len(), route::NextHop::Peer(peer));
         let is_configured = self.desired.is_configuring;
         self.desired.routes.insert(key, RouteEntry { peer: spec.peer, is_configured });
+        self.settle(key.0, key.1);
         self.mark(Dirty::Change);
         Ok(Answer::Done)
     }
@@ -189,7 +258,7 @@ impl Control {
                 "no route {prefix} to a peer: `switchctl route list --network {network}` shows them"
             )));
         }
-        self.tables.routes.remove(index, prefix.addr(), prefix.prefix_len());
+        self.settle(index, prefix);
         self.mark(Dirty::Change);
         Ok(Answer::Done)
     }
@@ -209,7 +278,7 @@ impl Control {
         }
         let location = self.locate(&spec.at).ok_or_else(|| not_found(format!("no {}", spec.at)))?;
         if let Location::Port(port) = location
-            && self.desired.ports.get(&port).is_none_or(|entry| entry.network != index)
+            && self.desired.ports.get(&port).is_none_or(|entry| !self.desired.is_in(entry, index))
         {
             return Err(invalid(format!("{} is not in network \"{}\"", spec.at, spec.network)));
         }
@@ -254,9 +323,11 @@ impl Control {
         if self.desired.port_of_link(&spec.link).is_some() {
             return Err(conflict(format!("link {} is plugged in already: `switchctl port list` shows it", spec.link)));
         }
-        if self.underlay.uplink.as_ref().is_some_and(|uplink| uplink.link == spec.link) {
+        if self.underlay.is_uplink(&spec.link) {
             return Err(conflict(format!("link {} is the uplink: name a pod's link", spec.link)));
         }
+        self.check_port_options(spec, network)?;
+        let own = routers(&network.spec);
         if let Some(attachment) = &spec.attachment
             && let Some(other) =
                 self.desired.ports.values().find(|port| port.record.spec.attachment.as_ref() == Some(attachment))
@@ -273,6 +344,12 @@ impl Control {
         }
         for &address in &spec.addresses {
             check_unicast("ips", address)?;
+            if own.contains(&address) {
+                return Err(conflict(format!(
+                    "address {address} is this node's own in network \"{}\": choose another one, or set `router`",
+                    network.spec.name
+                )));
+            }
             if let Some(other) = others().find(|other| other.addresses.contains(&address)) {
                 return Err(conflict(format!("address {address} belongs to the port of link {} already", other.link)));
             }
@@ -305,6 +382,34 @@ impl Control {
         }
     }
 
+    /// VLANs, rates and mapped ports.
+    fn check_port_options(&self, spec: &PortSpec, network: &NetworkEntry) -> Result<(), ApiError> {
+        if (!spec.trunk.is_empty() || !spec.native) && network.spec.mode != NetworkMode::Bridged {
+            return Err(invalid(format!("trunk: network \"{}\" is routed, and a trunk is not", network.spec.name)));
+        }
+        if spec.trunk.is_empty() && !spec.native {
+            return Err(invalid("native: a port that carries no VLAN and nothing without a tag carries nothing"));
+        }
+        for &vid in &spec.trunk {
+            let of_vid = self.desired.networks.values().find(|network| network.spec.vlan == Some(vid));
+            let Some(of_vid) = of_vid else {
+                return Err(not_found(format!(
+                    "no network has vlan {vid}: set `vlan` of one (`switchctl network list` shows them)"
+                )));
+            };
+            if of_vid.spec.mode != NetworkMode::Bridged {
+                return Err(invalid(format!("vlan {vid} is network \"{}\", which is routed", of_vid.spec.name)));
+            }
+            if of_vid.index == network.index && spec.native {
+                return Err(invalid(format!(
+                    "vlan {vid} is network \"{}\", which is carried without a tag: leave it out of the trunk, or set native to false",
+                    of_vid.spec.name
+                )));
+            }
+        }
+        self.check_mappings(spec, network)
+    }
+
     /// Attaches a checked port and puts it into the tables.
     pub(crate) fn insert_port(
         &mut self,
@@ -318,8 +423,7 @@ impl Control {
         match network.spec.mode {
             NetworkMode::Routed => {
                 for &address in &record.spec.addresses {
-                    let hop = route::NextHop::Port { port: id, mac };
-                    self.tables.routes.insert(network.index, address, full_length(address), hop);
+                    self.desired.by_address.insert((network.index, address), id);
                 }
             }
             NetworkMode::Bridged => {
@@ -327,7 +431,12 @@ impl Control {
                 self.tables.fdb.insert(network.index, mac, Location::Port(id));
             }
         }
-        self.desired.ports.insert(id, PortEntry { network: network.index, record, attached });
+        let addresses = record.spec.addresses.clone();
+        let limits = limits_of(&record.spec.bandwidth);
+        self.desired.ports.insert(id, PortEntry { network: network.index, record, attached, limits });
+        for address in addresses {
+            self.settle(network.index, address.into());
+        }
         self.mark(Dirty::Change);
         Ok(())
     }
@@ -385,7 +494,8 @@ impl Control {
         let Some(port) = self.desired.ports.remove(&id) else { return };
         backend.detach(id);
         for &address in &port.record.spec.addresses {
-            self.tables.routes.remove(port.network, address, full_length(address));
+            self.desired.by_address.remove(&(port.network, address));
+            self.settle(port.network, address.into());
         }
         self.tables.fdb.remove(port.network, port.record.spec.mac);
         let mut stations = self.learned.forget_location(Location::Port(id));
@@ -399,6 +509,21 @@ impl Control {
         self.forget_stations(stations);
         self.mark(Dirty::Change);
     }
+}
+
+/// The rates of a port as the data path holds them; its buckets live as long as the port.
+fn limits_of(bandwidth: &Bandwidth) -> Option<Arc<Limits>> {
+    // A burst of nothing is not meant: a tenth of a second's worth, and a large packet at least.
+    let bucket = |rate: u64, burst: u64| {
+        let burst = if burst == 0 { (rate / 10).max(u64::from(POD_LINK_MTU) * 8) } else { burst };
+        (rate > 0).then(|| Bucket::new(rate, burst))
+    };
+    (!bandwidth.is_unlimited()).then(|| {
+        Arc::new(Limits {
+            from: bucket(bandwidth.egress_rate, bandwidth.egress_burst),
+            to: bucket(bandwidth.ingress_rate, bandwidth.ingress_burst),
+        })
+    })
 }
 
 /// True for a port that a CNI network owns and no container uses any more.
@@ -465,11 +590,11 @@ fn list(prefixes: &[IpNet]) -> String {
     prefixes.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ")
 }
 
-fn invalid(message: impl Into<String>) -> ApiError {
+pub(crate) fn invalid(message: impl Into<String>) -> ApiError {
     ApiError::new(ErrorCode::Invalid, message)
 }
 
-fn conflict(message: impl Into<String>) -> ApiError {
+pub(crate) fn conflict(message: impl Into<String>) -> ApiError {
     ApiError::new(ErrorCode::Conflict, message)
 }
 

@@ -1,18 +1,23 @@
 //! From desired state to snapshot.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use vswitch_api::{FdbTarget, NetworkMode};
+use vswitch_api::{self as api, Encap, FdbTarget, NetworkMode};
 use vswitch_dataplane::table::{fdb::Fdb, route};
 use vswitch_dataplane::vxlan::OuterHeader;
 use vswitch_dataplane::{
-    Access, Gateway, Location, Network, NetworkMode as Mode, Peer, Port, PortKind, Reach, Snapshot, Underlay,
+    Access, Gateway, Location, Network, NetworkMode as Mode, Path, Peer, Port, PortKind, SenderCheck, Snapshot,
+    Underlay,
 };
-use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, PortId};
+use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, POD_LINK_MTU, PeerIndex, PortId};
 
-use crate::desired::{NetworkEntry, PeerEntry};
-use crate::{Control, UPLINK_PORT};
+use crate::desired::{NetworkEntry, PeerEntry, PortEntry};
+use crate::follow::Followed;
+use crate::routes::routers;
+use crate::underlay::{NextHop, UplinkState};
+use crate::{Control, HOST_PORT};
 
 /// The big tables, changed in place as requests come and cloned, by pointers, into each snapshot.
 #[derive(Debug, Default)]
@@ -21,12 +26,15 @@ pub(crate) struct Tables {
     pub(crate) routes: route::Routes,
 }
 
+/// Headers of IP and TCP without options.
+const TCP_V4: u16 = 40;
+const TCP_V6: u16 = 60;
+
 /// The gateway of every routed network.
 const GATEWAY: Gateway = Gateway { mac: GATEWAY_MAC, v4: GATEWAY_V4, v6: GATEWAY_V6 };
 
 impl Control {
     pub(crate) fn compile(&self) -> Snapshot {
-        let uplink = self.underlay.uplink.as_ref();
         Snapshot {
             generation: self.generation,
             ports: self.compile_ports(),
@@ -37,65 +45,103 @@ impl Control {
             vnis: self.desired.networks.values().map(|entry| (entry.spec.vni, entry.index)).collect(),
             vteps: self.desired.peers.values().map(|entry| (entry.spec.vtep, entry.index)).collect(),
             underlay: Underlay {
-                v4: uplink.and_then(|uplink| uplink.v4),
-                v6: uplink.and_then(|uplink| uplink.v6),
+                v4: self.underlay.v4(),
+                v6: self.underlay.v6(),
                 udp_port: self.underlay.udp_port,
+                vlan: self.config.vlan,
+                direct: self.direct_network().map(|network| network.index),
             },
             fdb: self.tables.fdb.clone(),
             routes: self.tables.routes.clone(),
         }
     }
 
+    /// The host's network, if packets of it may travel as they are.
+    pub(crate) fn direct_network(&self) -> Option<&NetworkEntry> {
+        let is_direct = self.desired.peers.values().any(|peer| peer.spec.encap != Encap::Vxlan);
+        self.host_network().filter(|_| is_direct)
+    }
+
     fn compile_ports(&self) -> Vec<Option<Arc<Port>>> {
         let access = self.desired.ports.iter().map(|(id, entry)| {
-            let spec = &entry.record.spec;
-            let access = Access { network: entry.network, mac: spec.mac, addresses: spec.addresses.clone() };
-            (id.index(), Port { mtu: entry.record.mtu, kind: PortKind::Access(access) })
+            let kind = PortKind::Access(self.compile_access(entry));
+            (id.index(), Port { mtu: entry.record.mtu, kind, limits: entry.limits.clone() })
         });
-        let uplink = self
-            .underlay
-            .uplink
-            .as_ref()
-            .map(|uplink| (UPLINK_PORT.index(), Port { mtu: uplink.mtu, kind: PortKind::Uplink }));
-        by_index(access.chain(uplink))
+        let uplinks = self.underlay.present().map(|(port, uplink)| {
+            (port.index(), Port { mtu: uplink.mtu, kind: PortKind::Uplink(uplink.mac), limits: None })
+        });
+        let host = self.host.as_ref().zip(self.host_network()).map(|(host, network)| {
+            // The host routes: packets of all the world come from it.
+            let access = Access::new(network.index, host.mac, routers(&network.spec), SenderCheck::None);
+            (HOST_PORT.index(), Port { mtu: POD_LINK_MTU, kind: PortKind::Access(access), limits: None })
+        });
+        by_index(access.chain(uplinks).chain(host))
+    }
+
+    fn compile_access(&self, entry: &PortEntry) -> Access {
+        let spec = &entry.record.spec;
+        let network = self.desired.networks.values().find(|network| network.index == entry.network);
+        let is_checked = network.is_some_and(|network| network.spec.spoof_check);
+        let check = match spec.check {
+            Some(api::SenderCheck::None) => SenderCheck::None,
+            Some(api::SenderCheck::Mac) => SenderCheck::Mac,
+            Some(api::SenderCheck::Full) => SenderCheck::Full,
+            None if is_checked => SenderCheck::Full,
+            None => SenderCheck::None,
+        };
+        Access {
+            has_native: spec.native,
+            vlans: spec.trunk.iter().filter_map(|&vid| Some((vid, self.desired.network_of_vlan(vid)?))).collect(),
+            is_isolated: spec.isolated,
+            is_hairpin: spec.hairpin,
+            ..Access::new(entry.network, spec.mac, spec.addresses.clone(), check)
+        }
     }
 
     fn compile_network(&self, entry: &NetworkEntry) -> Network {
-        let ports: Vec<PortId> =
-            self.desired.ports.iter().filter(|(_, port)| port.network == entry.index).map(|(&id, _)| id).collect();
+        let ports = self.desired.ports.iter().filter(|(_, port)| self.desired.is_in(port, entry.index));
         let gets_floods = |peer: &&PeerEntry| match &peer.spec.networks {
             None => true,
             Some(names) => names.contains(&entry.spec.name),
         };
+        let asked = self.desired.peers.values().filter(gets_floods).map(|peer| peer.index);
+        let followed = self.desired.followed.get(&entry.index).into_iter().flat_map(Followed::flood);
+        let flood_peers: BTreeSet<PeerIndex> = asked.chain(followed).collect();
+        let routers = routers(&entry.spec);
         Network {
             vni: entry.spec.vni,
             mode: match entry.spec.mode {
                 NetworkMode::Bridged => Mode::Bridged,
                 NetworkMode::Routed => Mode::Routed(GATEWAY),
             },
-            spoof_check: entry.spec.spoof_check,
-            ports,
-            flood_peers: self.desired.peers.values().filter(gets_floods).map(|peer| peer.index).collect(),
+            router_v4: routers.iter().find_map(|&router| if let IpAddr::V4(v4) = router { Some(v4) } else { None }),
+            router_v6: routers.iter().find_map(|&router| if let IpAddr::V6(v6) = router { Some(v6) } else { None }),
+            mss: entry.spec.mss_clamp.then(|| {
+                let wire = self.wire_mtu(&entry.spec).min(0xffff) as u16;
+                (wire.saturating_sub(TCP_V4), wire.saturating_sub(TCP_V6))
+            }),
+            is_transparent: entry.spec.transparent,
+            ports: ports.map(|(&id, _)| id).collect(),
+            flood_peers: flood_peers.into_iter().collect(),
         }
     }
 
     fn compile_peer(&self, entry: &PeerEntry) -> Peer {
-        Peer {
-            vtep: entry.spec.vtep,
-            router_mac: entry.spec.router_mac.unwrap_or(GATEWAY_MAC),
-            reach: self.compile_reach(entry.spec.vtep),
-        }
-    }
-
-    fn compile_reach(&self, vtep: IpAddr) -> Option<Reach> {
-        let uplink = self.underlay.uplink.as_ref().filter(|uplink| uplink.is_up)?;
-        let next_hop = self.underlay.next_hops.get(&vtep)?;
-        if next_hop.link.as_deref() != Some(&uplink.link) {
-            return None;
-        }
-        let macs = (uplink.mac, next_hop.mac?);
-        let header = OuterHeader::new(macs, uplink.vtep_for(vtep)?, vtep, self.underlay.udp_port)?;
-        Some(Reach { port: UPLINK_PORT, mtu: uplink.mtu, header })
+        let vtep = entry.spec.vtep;
+        let mut ways = self.underlay.ways(vtep).peekable();
+        let is_direct = match entry.spec.encap {
+            Encap::Vxlan => false,
+            Encap::Direct => true,
+            Encap::CrossSubnet => ways.peek().is_some_and(|(.., hop)| hop.address == Some(vtep)),
+        };
+        let path = |(port, uplink, hop): (PortId, &UplinkState, &NextHop)| {
+            let macs = (uplink.mac, hop.mac?);
+            let own = self.underlay.vtep_for(vtep)?;
+            let header = OuterHeader::new(macs, own, vtep, self.underlay.udp_port, self.config.vlan)?;
+            Some(Path { port, mtu: uplink.mtu, header })
+        };
+        let router_mac = entry.spec.router_mac.unwrap_or(GATEWAY_MAC);
+        Peer { vtep, router_mac, is_direct, paths: ways.filter_map(path).collect() }
     }
 
     /// Where a station or route target is, in the data path's terms.

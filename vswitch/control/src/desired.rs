@@ -1,16 +1,19 @@
 //! Desired state: what was asked for, and the questions the checks ask of it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use vswitch_api::{ApiError, ErrorCode, FdbTarget, NetworkMode, NetworkSpec, PeerSpec};
-use vswitch_dataplane::Location;
+use vswitch_dataplane::{Limits, Location};
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 
-use crate::UPLINK_PORT;
 use crate::backend::Attached;
+use crate::follow::Followed;
+use crate::routes::routers;
 use crate::state::{PortRecord, State};
+use crate::{HOST_PORT, is_uplink};
 
 /// What was asked for.
 #[derive(Debug, Default)]
@@ -20,6 +23,15 @@ pub(crate) struct Desired {
     pub(crate) ports: BTreeMap<PortId, PortEntry>,
     pub(crate) routes: BTreeMap<(NetworkIndex, IpNet), RouteEntry>,
     pub(crate) stations: BTreeMap<(NetworkIndex, MacAddr), StationEntry>,
+    /// Ports of routed networks by their addresses.
+    pub(crate) by_address: BTreeMap<(NetworkIndex, IpAddr), PortId>,
+    /// Peers by their VTEPs.
+    pub(crate) by_vtep: BTreeMap<IpAddr, PeerIndex>,
+    /// Routes that routing daemons gave the kernel, and how many lead to each peer.
+    pub(crate) imported: HashMap<(NetworkIndex, IpNet), PeerIndex>,
+    pub(crate) imported_counts: HashMap<PeerIndex, usize>,
+    /// What the kernel's own VXLAN devices know of bridged networks.
+    pub(crate) followed: BTreeMap<NetworkIndex, Followed>,
     /// Where the built-in IPAM goes on looking, by network and range, so that an address is not reused at once.
     pub(crate) cursors: BTreeMap<(String, IpNet), u128>,
     /// Ports of a former daemon that could not be adopted yet. Their addresses stay theirs.
@@ -43,6 +55,8 @@ pub(crate) struct PeerEntry {
     pub(crate) index: PeerIndex,
     pub(crate) spec: PeerSpec,
     pub(crate) is_configured: bool,
+    /// Made for a route or a station of the kernel's, and gone with it.
+    pub(crate) is_imported: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -50,6 +64,7 @@ pub(crate) struct PortEntry {
     pub(crate) network: NetworkIndex,
     pub(crate) record: PortRecord,
     pub(crate) attached: Attached,
+    pub(crate) limits: Option<Arc<Limits>>,
 }
 
 #[derive(Clone, Debug)]
@@ -104,7 +119,8 @@ impl Desired {
     pub(crate) fn link_name(&self, port: PortId) -> String {
         match self.ports.get(&port) {
             Some(entry) => entry.record.spec.link.clone(),
-            None if port == UPLINK_PORT => "uplink".to_owned(),
+            None if port == HOST_PORT => "host".to_owned(),
+            None if is_uplink(port) => format!("uplink {port}"),
             None => format!("#{port}"),
         }
     }
@@ -121,27 +137,51 @@ impl Desired {
         let name = self.network_name(network);
         let waiting = self.waiting.iter().filter(|record| record.spec.network.as_deref() == Some(&name));
         let specs = ports.map(|port| &port.record.spec).chain(waiting.map(|record| &record.spec));
-        specs.flat_map(|spec| spec.addresses.iter().copied()).collect()
+        let own = self.networks.get(&name).map(|network| routers(&network.spec)).unwrap_or_default();
+        specs.flat_map(|spec| spec.addresses.iter().copied()).chain(own).collect()
+    }
+
+    /// The network of an 802.1Q identifier.
+    pub(crate) fn network_of_vlan(&self, vid: u16) -> Option<NetworkIndex> {
+        self.networks.values().find(|network| network.spec.vlan == Some(vid)).map(|network| network.index)
+    }
+
+    /// True if a port carries a network, tagged or not.
+    pub(crate) fn is_in(&self, port: &PortEntry, network: NetworkIndex) -> bool {
+        let spec = &port.record.spec;
+        (port.network == network && spec.native)
+            || spec.trunk.iter().any(|&vid| self.network_of_vlan(vid) == Some(network))
     }
 
     /// True if a place exists and belongs to a bridged network.
     pub(crate) fn is_at(&self, network: NetworkIndex, location: Location) -> bool {
         self.is_bridged(network)
             && match location {
-                Location::Port(port) => self.ports.get(&port).is_some_and(|entry| entry.network == network),
+                Location::Port(port) => self.ports.get(&port).is_some_and(|entry| self.is_in(entry, network)),
                 Location::Peer(peer) => self.peers.values().any(|entry| entry.index == peer),
             }
     }
 
     pub(crate) fn free_port(&mut self) -> Option<PortId> {
         let waiting = self.waiting.iter().map(|record| record.id.0);
-        let used: BTreeSet<u16> = self.ports.keys().map(|id| id.0).chain(waiting).chain([UPLINK_PORT.0]).collect();
+        let used: BTreeSet<u16> = self.ports.keys().map(|id| id.0).chain(waiting).chain(0..=HOST_PORT.0).collect();
         next_free(&mut self.last_port, &used).map(PortId)
     }
 
     pub(crate) fn free_network(&mut self) -> Option<NetworkIndex> {
         let used = self.networks.values().map(|network| network.index.0).collect();
         next_free(&mut self.last_network, &used).map(NetworkIndex)
+    }
+
+    pub(crate) fn insert_peer(&mut self, entry: PeerEntry) {
+        self.by_vtep.insert(entry.spec.vtep, entry.index);
+        self.peers.insert(entry.spec.name.clone(), entry);
+    }
+
+    pub(crate) fn remove_peer(&mut self, name: &str) -> Option<PeerEntry> {
+        let entry = self.peers.remove(name)?;
+        self.by_vtep.remove(&entry.spec.vtep);
+        Some(entry)
     }
 
     pub(crate) fn free_peer(&mut self) -> Option<PeerIndex> {
@@ -157,7 +197,9 @@ impl Desired {
         State {
             boot_id: boot_id.to_owned(),
             networks: values(networks.into_iter(), |entry| (!entry.is_configured).then(|| entry.spec.clone())),
-            peers: values(self.peers.values(), |entry| (!entry.is_configured).then(|| entry.spec.clone())),
+            peers: values(self.peers.values(), |entry| {
+                (!entry.is_configured && !entry.is_imported).then(|| entry.spec.clone())
+            }),
             routes: values(self.routes.iter(), |((network, prefix), entry)| {
                 (!entry.is_configured).then(|| vswitch_api::RouteSpec {
                     network: self.network_name(*network),

@@ -24,6 +24,12 @@ pub(crate) fn bounds(range: &IpNet) -> (u128, u128) {
     }
 }
 
+/// The address that this node itself has in a range: the first, unless the range is too small to give one away.
+pub(crate) fn router(range: &IpNet) -> Option<IpAddr> {
+    let (first, last) = bounds(range);
+    (last - first >= 2).then(|| address(range, first))
+}
+
 /// The next free address after `cursor`, going round once.
 pub(crate) fn allocate(range: &IpNet, cursor: Option<u128>, used: &BTreeSet<IpAddr>) -> Option<IpAddr> {
     let (first, last) = bounds(range);

@@ -24,18 +24,22 @@ mod apply;
 mod backend;
 mod compile;
 mod desired;
+mod follow;
+mod host;
 mod ipam;
 mod learned;
 mod report;
+mod routes;
 mod state;
 mod underlay;
 
 use std::sync::Arc;
 
 pub use backend::{Attached, Backend, FlowSample, SocketSample, WorkerSample};
+pub use host::{HostPlan, HostState};
 pub use state::{PortRecord, State};
 pub use underlay::{NextHop, UplinkState};
-use vswitch_api::{Answer, ApiError, Request};
+use vswitch_api::{Answer, ApiError, Encap, Request};
 use vswitch_dataplane::{Event, Snapshot};
 use vswitch_net::{NetworkIndex, PortId};
 
@@ -44,16 +48,36 @@ use crate::desired::Desired;
 use crate::learned::{Change, Learned};
 use crate::underlay::UnderlayView;
 
-/// The port number of the uplink.
+/// The port number of the first uplink; the others follow it.
 pub const UPLINK_PORT: PortId = PortId(0);
+
+/// Most uplinks.
+pub const MAX_UPLINKS: usize = 8;
+
+/// The port number of the port that leads into the host's stack.
+pub const HOST_PORT: PortId = PortId(MAX_UPLINKS as u16);
+
+pub(crate) fn is_uplink(port: PortId) -> bool {
+    port.index() < MAX_UPLINKS
+}
 
 /// Limits and times that the configuration sets.
 #[derive(Clone, Debug)]
 pub struct ControlConfig {
     /// UDP port of VXLAN.
     pub udp_port: u16,
-    /// The link that shall be the uplink, whether it is there now or not.
-    pub uplink: Option<String>,
+    /// 802.1Q identifier of the underlay.
+    pub vlan: Option<u16>,
+    /// The links that shall be the uplinks, whether they are there now or not.
+    pub uplinks: Vec<String>,
+    /// The network that is joined to the host's stack.
+    pub host_network: Option<String>,
+    /// Whether routes of the kernel are followed.
+    pub is_importing: bool,
+    /// How packets travel to the peers that imported routes lead to.
+    pub import_encap: Encap,
+    /// Whether what leaves the cluster by way of the host gets the host's address.
+    pub masquerade: bool,
     /// A learned station is forgotten after this long without a packet.
     pub fdb_ageing_ns: u64,
     /// Most learned stations of one network.
@@ -63,7 +87,9 @@ pub struct ControlConfig {
 /// The one writer of everything the switch decides by.
 #[derive(Debug)]
 pub struct Control {
+    config: ControlConfig,
     desired: Desired,
+    host: Option<HostState>,
     learned: Learned,
     underlay: UnderlayView,
     tables: Tables,
@@ -85,7 +111,12 @@ impl Default for ControlConfig {
     fn default() -> Self {
         ControlConfig {
             udp_port: vswitch_net::VXLAN_PORT,
-            uplink: None,
+            vlan: None,
+            uplinks: Vec::new(),
+            host_network: None,
+            is_importing: false,
+            import_encap: Encap::Direct,
+            masquerade: true,
             fdb_ageing_ns: 300_000_000_000,
             fdb_limit: 8192,
         }
@@ -97,8 +128,10 @@ impl Control {
     pub fn new(config: ControlConfig) -> Control {
         Control {
             desired: Desired::default(),
+            host: None,
             learned: Learned::new(config.fdb_ageing_ns, config.fdb_limit),
-            underlay: UnderlayView::new(config.udp_port, config.uplink),
+            underlay: UnderlayView::new(config.udp_port, &config.uplinks),
+            config,
             tables: Tables::default(),
             generation: 0,
             dirty: Dirty::Change,
@@ -158,17 +191,37 @@ impl Control {
         }
     }
 
-    /// Tells what the uplink is now; none if it is not usable.
-    pub fn set_uplink(&mut self, uplink: Option<UplinkState>) {
-        if self.underlay.uplink != uplink {
-            self.underlay.uplink = uplink;
+    /// Tells what an uplink is now, or why it is not usable.
+    pub fn set_uplink(&mut self, port: PortId, uplink: Result<UplinkState, String>) {
+        if self.underlay.set_uplink(port, uplink) {
             self.mark(Dirty::Change);
         }
     }
 
-    /// The uplink as last told.
-    pub fn uplink(&self) -> Option<&UplinkState> {
-        self.underlay.uplink.as_ref()
+    /// An uplink as last told.
+    pub fn uplink(&self, port: PortId) -> Option<&UplinkState> {
+        self.underlay.uplink(port)
+    }
+
+    /// The links that are uplinks now.
+    pub fn uplinks(&self) -> impl Iterator<Item = &str> {
+        self.underlay.present().map(|(_, state)| state.link.as_str())
+    }
+
+    /// The port into the host's stack as last told.
+    pub fn host(&self) -> Option<&HostState> {
+        self.host.as_ref()
+    }
+
+    /// Tells what the port into the host's stack is now.
+    pub fn set_host(&mut self, host: Option<HostState>) {
+        if self.host != host {
+            self.host = host;
+            if let Some(index) = self.host_network().map(|network| network.index) {
+                self.settle_network(index);
+            }
+            self.mark(Dirty::Change);
+        }
     }
 
     /// VTEPs of all peers, whose next hops are wanted.
@@ -176,11 +229,11 @@ impl Control {
         self.desired.peers.values().map(|peer| peer.spec.vtep)
     }
 
-    /// Tells how the kernel would reach a VTEP.
-    pub fn set_next_hop(&mut self, vtep: std::net::IpAddr, next_hop: NextHop) {
-        let is_wanted = self.vteps().any(|wanted| wanted == vtep);
-        if is_wanted && self.underlay.next_hops.get(&vtep) != Some(&next_hop) {
-            self.underlay.next_hops.insert(vtep, next_hop);
+    /// Tells how the kernel would reach a VTEP: by so many ways of equal cost.
+    pub fn set_next_hops(&mut self, vtep: std::net::IpAddr, next_hops: Vec<NextHop>) {
+        let is_wanted = self.desired.by_vtep.contains_key(&vtep);
+        if is_wanted && self.underlay.next_hops.get(&vtep) != Some(&next_hops) {
+            self.underlay.next_hops.insert(vtep, next_hops);
             self.mark(Dirty::Change);
         }
     }

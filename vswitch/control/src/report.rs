@@ -5,18 +5,20 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use vswitch_api::{
-    Answer, ApiError, DropInfo, ErrorCode, FdbInfo, FdbTarget, FlowInfo, IpamInfo, NeighborInfo, NetworkInfo,
-    NetworkMode, PeerInfo, PodRoute, PortInfo, PortStats, Request, RouteInfo, SocketInfo, StatsInfo, StatusInfo,
-    UplinkInfo, WorkerInfo,
+    Answer, ApiError, DropInfo, ErrorCode, FdbInfo, FdbTarget, FlowInfo, HostInfo, IpamInfo, NeighborInfo, NetworkInfo,
+    NetworkMode, NetworkSpec, PeerInfo, PodRoute, PortInfo, PortSpec, PortStats, Request, RouteInfo, SocketInfo,
+    StatsInfo, StatusInfo, UplinkInfo, WorkerInfo,
 };
 use vswitch_dataplane::table::flow::FlowEntry;
 use vswitch_dataplane::{Action, DropReason, Location, PortCounters};
-use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, NetworkIndex, PortId};
+use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, MacAddr, NetworkIndex, PortId};
 
 use crate::apply::full_length;
 use crate::backend::{Attached, Backend, WorkerSample};
 use crate::desired::{NetworkEntry, not_found};
-use crate::{Control, UPLINK_PORT, ipam};
+use crate::routes::routers;
+use crate::underlay::Uplink;
+use crate::{Control, HOST_PORT, ipam};
 
 /// A flow is shown if it had a packet within this time.
 const FLOW_RECENT_NS: u64 = 10_000_000_000;
@@ -62,11 +64,14 @@ impl Control {
             mac: spec.mac,
             addresses: spec.addresses.iter().map(|&address| pod_prefix(address, network)).collect(),
             mtu: entry.record.mtu,
-            routes: self.pod_routes(network, &spec.addresses, entry.record.mtu),
+            routes: self.pod_routes(network, spec, entry.record.mtu),
             attachment: spec.attachment.clone(),
             owner: spec.owner.clone(),
             netns: spec.netns.clone(),
             labels: spec.labels.clone(),
+            trunk: spec.trunk.clone(),
+            bandwidth: spec.bandwidth,
+            port_mappings: spec.port_mappings.clone(),
             xdp_mode,
             xdp_fallback,
             copy_modes,
@@ -74,8 +79,9 @@ impl Control {
     }
 
     /// Local destinations get the link's MTU, all others what fits the wire.
-    fn pod_routes(&self, network: &NetworkEntry, addresses: &[IpAddr], mtu: u32) -> Vec<PodRoute> {
-        let wire = Some(self.wire_mtu().min(mtu));
+    fn pod_routes(&self, network: &NetworkEntry, spec: &PortSpec, mtu: u32) -> Vec<PodRoute> {
+        let addresses = &spec.addresses;
+        let wire = Some(self.wire_mtu(&network.spec).min(mtu));
         let mut routes = Vec::new();
         for is_v6 in [false, true] {
             if !addresses.iter().any(|address| address.is_ipv6() == is_v6) {
@@ -105,7 +111,13 @@ impl Control {
                 let local = network.spec.ranges.iter().filter(of_family);
                 routes.extend(local.map(|&destination| PodRoute { destination, gateway, mtu: None }));
             }
-            if gateway.is_some() {
+            if gateway.is_some() && !spec.default_route {
+                // Another interface has the default route; the network's own prefixes are all that is left.
+                let rest =
+                    network.spec.subnets.iter().filter(of_family).filter(|_| network.spec.mode == NetworkMode::Routed);
+                routes.extend(rest.map(|&destination| PodRoute { destination, gateway, mtu: wire }));
+            }
+            if gateway.is_some() && spec.default_route {
                 routes.push(PodRoute { destination: anywhere, gateway, mtu: wire });
             }
         }
@@ -115,18 +127,6 @@ impl Control {
     fn status(&self, backend: &mut dyn Backend) -> StatusInfo {
         let (pid, uptime_seconds, memory_bytes) = backend.process();
         let workers = backend.sample();
-        let uplink = self.underlay.uplink.as_ref().map(|uplink| UplinkInfo {
-            link: uplink.link.clone(),
-            state: if uplink.is_up { "up".to_owned() } else { format!("down: see `ip link show {}`", uplink.link) },
-            mac: uplink.mac,
-            mtu: uplink.mtu,
-            vtep_v4: uplink.v4,
-            vtep_v6: uplink.v6,
-            udp_port: self.underlay.udp_port,
-            xdp_mode: uplink.attached.xdp_mode.clone(),
-            xdp_fallback: uplink.attached.xdp_fallback.clone(),
-            copy_modes: uplink.attached.copy_modes.clone(),
-        });
         let peers = self.peers();
         StatusInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -134,8 +134,8 @@ impl Control {
             uptime_seconds,
             generation: self.generation,
             workers: workers.iter().enumerate().map(|(worker, sample)| worker_info(worker, sample)).collect(),
-            uplink,
-            uplink_expected: self.underlay.expected.clone(),
+            uplinks: self.underlay.uplinks().iter().map(|uplink| self.uplink_info(uplink)).collect(),
+            host: self.host_info(),
             ports: self.desired.ports.len(),
             ports_waiting: self.waiting(),
             networks: self.desired.networks.len(),
@@ -146,10 +146,65 @@ impl Control {
         }
     }
 
+    fn uplink_info(&self, uplink: &Uplink) -> UplinkInfo {
+        let empty = UplinkInfo {
+            link: uplink.name.clone(),
+            state: String::new(),
+            note: None,
+            mac: MacAddr::default(),
+            mtu: 0,
+            vtep_v4: None,
+            vtep_v6: None,
+            udp_port: self.underlay.udp_port,
+            xdp_mode: String::new(),
+            xdp_fallback: None,
+            copy_modes: Vec::new(),
+        };
+        match &uplink.state {
+            Err(reason) => UplinkInfo { state: reason.clone(), ..empty },
+            Ok(state) => {
+                let word =
+                    if state.is_up { "up".to_owned() } else { format!("down: see `ip link show {}`", state.link) };
+                let attached = state.attached.clone();
+                UplinkInfo {
+                    link: state.link.clone(),
+                    state: word,
+                    note: state.note.clone(),
+                    mac: state.mac,
+                    mtu: state.mtu,
+                    vtep_v4: state.v4,
+                    vtep_v6: state.v6,
+                    xdp_mode: attached.xdp_mode,
+                    xdp_fallback: attached.xdp_fallback,
+                    copy_modes: attached.copy_modes,
+                    ..empty
+                }
+            }
+        }
+    }
+
+    fn host_info(&self) -> Option<HostInfo> {
+        let network = self.host_network()?;
+        let problem = self
+            .host
+            .as_ref()
+            .map_or_else(|| Some("not attached yet; the log says why".to_owned()), |host| host.problem.clone());
+        Some(HostInfo {
+            link: self.host.as_ref().map(|host| host.link.clone()).unwrap_or_default(),
+            network: network.spec.name.clone(),
+            addresses: routers(&network.spec),
+            masquerade: self.config.masquerade,
+            state: problem.unwrap_or_else(|| "up".to_owned()),
+        })
+    }
+
     fn ipam(&self, network: &NetworkEntry) -> Vec<IpamInfo> {
-        let used = self.desired.addresses(network.index);
+        let (mut used, own) = (self.desired.addresses(network.index), routers(&network.spec));
+        // The node's own addresses are neither a pod's nor free.
+        used.retain(|address| !own.contains(address));
         let info = |range: &IpNet| {
             let (used, free) = ipam::usage(range, &used);
+            let free = free - own.iter().filter(|address| range.contains(*address)).count() as u64;
             IpamInfo { network: network.spec.name.clone(), range: *range, used, free }
         };
         network.spec.ranges.iter().map(info).collect()
@@ -162,11 +217,25 @@ impl Control {
             mode: entry.spec.mode,
             subnets: entry.spec.subnets.clone(),
             ranges: entry.spec.ranges.clone(),
+            router: routers(&entry.spec),
+            vlan: entry.spec.vlan,
             spoof_check: entry.spec.spoof_check,
             ports: self.desired.ports.values().filter(|port| port.network == entry.index).count(),
-            wire_mtu: self.wire_mtu(),
+            routes: self.desired.routes.keys().filter(|(network, _)| *network == entry.index).count()
+                + self.desired.imported.keys().filter(|(network, _)| *network == entry.index).count(),
+            stations: self.station_count(entry.index),
+            wire_mtu: self.wire_mtu(&entry.spec),
             order: entry.index.0,
         }
+    }
+
+    fn station_count(&self, network: NetworkIndex) -> usize {
+        let own =
+            self.desired.ports.values().filter(|port| port.network == network && self.desired.is_bridged(network));
+        self.desired.stations.keys().filter(|(other, _)| *other == network).count()
+            + own.count()
+            + self.desired.followed.get(&network).map_or(0, |followed| followed.stations().count())
+            + self.learned.iter().filter(|((other, _), _)| *other == network).count()
     }
 
     fn peers(&self) -> Vec<PeerInfo> {
@@ -175,6 +244,9 @@ impl Control {
             vtep: entry.spec.vtep,
             router_mac: entry.spec.router_mac.unwrap_or(GATEWAY_MAC),
             networks: entry.spec.networks.clone(),
+            encap: entry.spec.encap,
+            is_imported: entry.is_imported,
+            uplinks: self.underlay.ways(entry.spec.vtep).map(|(_, uplink, _)| uplink.link.clone()).collect(),
             state: self.underlay.peer_state(entry.spec.vtep),
         };
         self.desired.peers.values().map(info).collect()
@@ -188,12 +260,16 @@ impl Control {
             let spec = &port.record.spec;
             (port.network, spec.mac, FdbTarget::Port(spec.link.clone()), None)
         });
+        let followed = self.desired.followed.iter().flat_map(|(&network, followed)| {
+            followed.stations().map(move |(mac, peer)| (network, mac, self.target(Location::Peer(peer)), None))
+        });
         let learned = self.learned.iter().map(|((network, mac), entry)| {
             let age = now_ns.saturating_sub(entry.seen_ns) / 1_000_000_000;
             (network, mac, self.target(entry.location), Some(age))
         });
         let mut stations: Vec<FdbInfo> = configured
             .chain(own)
+            .chain(followed)
             .chain(learned)
             .filter(|&(network, ..)| wanted(network))
             .map(|(network, mac, at, age_seconds)| FdbInfo {
@@ -214,18 +290,35 @@ impl Control {
             .desired
             .routes
             .iter()
-            .map(|(&(network, prefix), entry)| (network, prefix, FdbTarget::Peer(entry.peer.clone())));
+            .map(|(&(network, prefix), entry)| (network, prefix, FdbTarget::Peer(entry.peer.clone()), false));
+        let names: BTreeMap<_, _> = self.desired.peers.values().map(|peer| (peer.index, &peer.spec.name)).collect();
+        let imported = self.desired.imported.iter().filter_map(|(&(network, prefix), peer)| {
+            Some((network, prefix, FdbTarget::Peer((*names.get(peer)?).clone()), true))
+        });
         let to_ports =
             self.desired.ports.values().filter(|port| !self.desired.is_bridged(port.network)).flat_map(|port| {
                 let spec = &port.record.spec;
                 spec.addresses
                     .iter()
-                    .map(|&address| (port.network, IpNet::from(address), FdbTarget::Port(spec.link.clone())))
+                    .map(|&address| (port.network, IpNet::from(address), FdbTarget::Port(spec.link.clone()), false))
             });
+        let to_host = self.host.iter().zip(self.host_network()).flat_map(|(host, network)| {
+            let addresses = routers(&network.spec).into_iter().map(IpNet::from);
+            let everything = [IpNet::V4(Default::default()), IpNet::V6(Default::default())];
+            let prefixes = addresses.chain(everything);
+            prefixes.map(|prefix| (network.index, prefix, FdbTarget::Port(host.link.clone()), false))
+        });
         let mut routes: Vec<RouteInfo> = to_peers
+            .chain(imported)
             .chain(to_ports)
+            .chain(to_host)
             .filter(|&(network, ..)| wanted(network))
-            .map(|(network, prefix, to)| RouteInfo { network: self.desired.network_name(network), prefix, to })
+            .map(|(network, prefix, to, is_imported)| RouteInfo {
+                network: self.desired.network_name(network),
+                prefix,
+                to,
+                is_imported,
+            })
             .collect();
         routes.sort_by(|a, b| (&a.network, a.prefix).cmp(&(&b.network, b.prefix)));
         routes
@@ -242,7 +335,8 @@ impl Control {
                 state: self.underlay.peer_state(*vtep),
             }
         };
-        self.underlay.next_hops.iter().map(info).collect()
+        let each = self.underlay.next_hops.iter().flat_map(|(vtep, hops)| hops.iter().map(move |hop| (vtep, hop)));
+        each.map(info).collect()
     }
 
     fn flows(&self, now_ns: u64, limit: usize, backend: &mut dyn Backend) -> Vec<FlowInfo> {
@@ -255,7 +349,7 @@ impl Control {
         let fields = flow.key.fields();
         let from = match fields.peer {
             Some(peer) => format!("peer {}", self.desired.peer_name(peer)),
-            None => format!("port {}", self.desired.link_name(fields.ingress)),
+            None => format!("port {}", self.link_name(fields.ingress)),
         };
         let with_port = |address: IpAddr, port: u16| match (fields.protocol, address) {
             (6 | 17 | 132, IpAddr::V4(v4)) => format!("{v4}:{port}"),
@@ -269,7 +363,7 @@ impl Control {
             None => (fields.source_mac.to_string(), fields.destination_mac.to_string()),
         };
         let (action, rewrite) = match flow.action {
-            Action::Local { port, rewrite } => (format!("port {}", self.desired.link_name(port)), rewrite),
+            Action::Local { port, rewrite } => (format!("port {}", self.link_name(port)), rewrite),
             Action::Encap { peer, network, rewrite } => {
                 let network = self.desired.network_name(network);
                 (format!("vxlan {network} to peer {}", self.desired.peer_name(peer)), rewrite)
@@ -290,7 +384,7 @@ impl Control {
     }
 
     fn stats(&self, workers: &[WorkerSample]) -> StatsInfo {
-        let ids = self.underlay.uplink.iter().map(|_| UPLINK_PORT).chain(self.desired.ports.keys().copied());
+        let ids = self.special_ports().chain(self.desired.ports.keys().copied());
         let ports = ids.map(|id| self.port_stats(id, workers)).collect();
         let mut total = PortCounters::default();
         workers.iter().for_each(|worker| total.add(&worker.counters.total()));
@@ -323,10 +417,7 @@ impl Control {
         }
         PortStats {
             id,
-            link: match (&self.underlay.uplink, id) {
-                (Some(uplink), UPLINK_PORT) => uplink.link.clone(),
-                _ => self.desired.link_name(id),
-            },
+            link: self.link_name(id),
             rx_packets: sum.rx_packets,
             rx_bytes: sum.rx_bytes,
             tx_packets: sum.tx_packets,
@@ -339,7 +430,7 @@ impl Control {
     }
 
     fn drops(&self, workers: &[WorkerSample]) -> Vec<DropInfo> {
-        let ids = || std::iter::once(UPLINK_PORT).chain(self.desired.ports.keys().copied());
+        let ids = || self.special_ports().chain(self.desired.ports.keys().copied());
         let count = |id: PortId, reason: DropReason| -> u64 {
             workers.iter().map(|worker| worker.counters.port(id).drops[reason.index()]).sum()
         };
@@ -353,7 +444,7 @@ impl Control {
                 packets: total(reason),
                 meaning: reason.sentence().to_owned(),
                 ports: ids()
-                    .map(|id| (self.desired.link_name(id), count(id, reason)))
+                    .map(|id| (self.link_name(id), count(id, reason)))
                     .filter(|(_, count)| *count > 0)
                     .collect::<BTreeMap<_, _>>(),
             })
@@ -367,8 +458,22 @@ impl Control {
         network.map(|name| self.desired.network(Some(&name)).map(|network| network.index)).transpose()
     }
 
-    fn wire_mtu(&self) -> u32 {
-        self.underlay.wire_mtu(self.vteps())
+    /// MTU of a network's routes that leave the node.
+    pub(crate) fn wire_mtu(&self, spec: &NetworkSpec) -> u32 {
+        if self.may_encapsulate(spec) { self.underlay.encapsulated_mtu(self.vteps()) } else { self.underlay.mtu() }
+    }
+
+    /// Uplinks and the host's port, as far as they are there.
+    fn special_ports(&self) -> impl Iterator<Item = PortId> + '_ {
+        self.underlay.present().map(|(port, _)| port).chain(self.host.iter().map(|_| HOST_PORT))
+    }
+
+    fn link_name(&self, port: PortId) -> String {
+        match (self.underlay.uplink(port), &self.host) {
+            (Some(uplink), _) => uplink.link.clone(),
+            (None, Some(host)) if port == HOST_PORT => host.link.clone(),
+            _ => self.desired.link_name(port),
+        }
     }
 
     fn target(&self, location: Location) -> FdbTarget {
@@ -400,6 +505,8 @@ fn worker_info(worker: usize, sample: &WorkerSample) -> WorkerInfo {
         core: sample.core,
         umem_frames: sample.umem_frames,
         umem_free: sample.umem_free,
+        errors_sent: sample.counters.errors_sent,
+        errors_held: sample.counters.errors_held,
         flow_hits: sample.counters.flow_hits,
         flow_misses: sample.counters.flow_misses,
         events_lost: sample.counters.events_lost,

@@ -33,6 +33,12 @@ pub struct Counters {
     pub flow_hits: u64,
     /// Flow lookups that did not.
     pub flow_misses: u64,
+    /// ICMP errors sent.
+    pub errors_sent: u64,
+    /// ICMP errors not sent, because the port had caused too many.
+    pub errors_held: u64,
+    /// Packets that wait because of a rate; they are in no other counter yet.
+    pub held: u64,
     /// Events for the control thread that found their queue full.
     pub events_lost: u64,
 }
@@ -107,14 +113,14 @@ impl Counters {
         total
     }
 
-    /// Checks `rx = tx + drops - copies` over all ports; the two sides if they differ.
+    /// Checks `rx = tx + drops - copies` over all ports, with what waits under way; the two sides if they differ.
     ///
     /// # Errors
     ///
     /// Both sides, received first.
     pub fn balance(&self) -> Result<(), (u64, u64)> {
         let total = self.total();
-        let ended = (total.tx_packets + total.dropped()).wrapping_sub(total.copies);
+        let ended = (total.tx_packets + total.dropped() + self.held).wrapping_sub(total.copies);
         if total.rx_packets == ended { Ok(()) } else { Err((total.rx_packets, ended)) }
     }
 }

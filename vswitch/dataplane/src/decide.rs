@@ -5,12 +5,13 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
-use vswitch_net::MacAddr;
+use vswitch_net::{MacAddr, PortId};
 
 use crate::event::Location;
+use crate::icmp;
 use crate::meta::{Kind, Meta};
 use crate::parse::{ICMPV6, u16_at, u32_at, v6_at};
-use crate::snapshot::{Access, Gateway, NetworkMode, PortKind, Snapshot};
+use crate::snapshot::{Access, Gateway, NetworkMode, PortKind, SenderCheck, Snapshot};
 use crate::table::route::NextHop;
 use crate::verdict::{Action, DropReason, Rewrite, Verdict};
 
@@ -30,6 +31,13 @@ pub struct Decision {
     pub learn: Option<Location>,
 }
 
+/// Which side a packet came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    Port,
+    Wire,
+}
+
 /// Decides about a packet by the snapshot alone. `head` is the first frame that `meta` was parsed from.
 pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
     let Some(network) = snapshot.network(meta.network) else {
@@ -38,21 +46,20 @@ pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
     if meta.source.is_multicast() || meta.source.is_zero() {
         return drop_it(DropReason::BadSourceMac);
     }
-    let access = match snapshot.port(meta.ingress).map(|port| &port.kind) {
-        Some(PortKind::Access(access)) => Some(access),
-        Some(PortKind::Uplink) => None,
-        None => return drop_it(DropReason::NoPort),
+    let checked = match snapshot.port(meta.ingress).map(|port| &port.kind) {
+        Some(PortKind::Access(access)) => check_sender(meta, head, access).map(|()| Origin::Port),
+        Some(PortKind::Uplink(_)) if meta.peer.is_some() => Ok(Origin::Wire),
+        Some(PortKind::Uplink(_)) => check_direct(meta, snapshot).map(|()| Origin::Wire),
+        None => Err(DropReason::NoPort),
     };
-    if network.spoof_check
-        && let Some(access) = access
-        && let Err(reason) = check_sender(meta, head, access)
-    {
-        return drop_it(reason);
-    }
+    let origin = match checked {
+        Ok(origin) => origin,
+        Err(reason) => return drop_it(reason),
+    };
     match network.mode {
         NetworkMode::Bridged => bridge(meta, snapshot),
         NetworkMode::Routed(gateway) => {
-            let verdict = route(meta, head, &gateway, access.is_some(), snapshot).unwrap_or_else(Verdict::Drop);
+            let verdict = route(meta, head, &gateway, origin, snapshot).unwrap_or_else(Verdict::Drop);
             Decision { verdict, learn: None }
         }
     }
@@ -77,7 +84,12 @@ fn bridge(meta: &Meta, snapshot: &Snapshot) -> Decision {
     } else {
         match (snapshot.fdb.lookup(meta.network, meta.destination), meta.peer) {
             (None, _) => Verdict::Flood,
-            (Some(Location::Port(port)), None) if port == meta.ingress => Verdict::Drop(DropReason::SamePort),
+            (Some(Location::Port(port)), None) if port == meta.ingress && !is_hairpin(port, snapshot) => {
+                Verdict::Drop(DropReason::SamePort)
+            }
+            (Some(Location::Port(port)), _) if are_isolated(meta.ingress, port, snapshot) => {
+                Verdict::Drop(DropReason::Isolated)
+            }
             (Some(Location::Port(port)), _) => Verdict::Forward(Action::Local { port, rewrite: None }),
             (Some(Location::Peer(_)), Some(_)) => Verdict::Drop(DropReason::SplitHorizon),
             (Some(Location::Peer(peer)), None) => {
@@ -93,9 +105,10 @@ fn route(
     meta: &Meta,
     head: &[u8],
     gateway: &Gateway,
-    is_from_pod: bool,
+    origin: Origin,
     snapshot: &Snapshot,
 ) -> Result<Verdict, DropReason> {
+    let is_from_pod = origin == Origin::Port;
     match meta.kind {
         Kind::Other => return Err(DropReason::NotIp),
         Kind::Arp => {
@@ -115,7 +128,7 @@ fn route(
         return Err(DropReason::NotForGateway);
     }
     if destination == IpAddr::V4(gateway.v4) || destination == IpAddr::V6(gateway.v6) {
-        return Err(DropReason::ToGateway);
+        return if is_from_pod { to_gateway(meta) } else { Err(DropReason::ToGateway) };
     }
     if stays_on_link(source) || stays_on_link(destination) {
         return Err(DropReason::LinkLocal);
@@ -125,7 +138,12 @@ fn route(
     }
     match snapshot.routes.lookup(meta.network, destination) {
         None => Err(DropReason::NoRoute),
-        Some(NextHop::Gateway) => Err(DropReason::ToGateway),
+        Some(NextHop::Nowhere) => Err(DropReason::NoHost),
+        Some(NextHop::Gateway) => to_gateway(meta),
+        Some(NextHop::Port { port, .. }) if port == meta.ingress && !is_hairpin(port, snapshot) => {
+            Err(DropReason::SamePort)
+        }
+        Some(NextHop::Port { port, .. }) if are_isolated(meta.ingress, port, snapshot) => Err(DropReason::Isolated),
         Some(NextHop::Port { port, mac }) => {
             let rewrite = Some(Rewrite { destination: mac, source: gateway.mac });
             Ok(Verdict::Forward(Action::Local { port, rewrite }))
@@ -139,12 +157,38 @@ fn route(
     }
 }
 
+/// The gateway answers ping, and nothing else.
+fn to_gateway(meta: &Meta) -> Result<Verdict, DropReason> {
+    if icmp::is_echo_request(meta) { Ok(Verdict::Reply) } else { Err(DropReason::ToGateway) }
+}
+
+fn are_isolated(one: PortId, other: PortId, snapshot: &Snapshot) -> bool {
+    let is_isolated = |port| snapshot.access(port).is_some_and(|access| access.is_isolated);
+    one != other && is_isolated(one) && is_isolated(other)
+}
+
+fn is_hairpin(port: PortId, snapshot: &Snapshot) -> bool {
+    snapshot.access(port).is_some_and(|access| access.is_hairpin)
+}
+
+/// What comes from the wire without VXLAN comes from a peer that is routed to directly, and from an address behind it.
+fn check_direct(meta: &Meta, snapshot: &Snapshot) -> Result<(), DropReason> {
+    let (source, _) = meta.addresses().ok_or(DropReason::NotDirect)?;
+    match snapshot.routes.lookup(meta.network, source) {
+        Some(NextHop::Peer(peer)) if snapshot.is_direct(peer, meta.network) => Ok(()),
+        _ => Err(DropReason::NotDirect),
+    }
+}
+
 /// A pod sends with its own MAC and addresses only, and claims no others in ARP and neighbor discovery.
 fn check_sender(meta: &Meta, head: &[u8], access: &Access) -> Result<(), DropReason> {
+    if access.check == SenderCheck::None {
+        return Ok(());
+    }
     if meta.source != access.mac {
         return Err(DropReason::SpoofedMac);
     }
-    if access.addresses.is_empty() {
+    if access.check == SenderCheck::Mac || access.addresses.is_empty() {
         return Ok(());
     }
     let owns = |address: IpAddr| access.addresses.contains(&address);
@@ -226,7 +270,7 @@ fn stays_on_link(address: IpAddr) -> bool {
 fn is_discovery(meta: &Meta) -> bool {
     meta.kind == Kind::V6
         && meta.protocol == ICMPV6
-        && !meta.is_fragment
+        && meta.fragment.is_none()
         && (ROUTER_SOLICITATION..=REDIRECT).contains(&icmp_type(meta))
 }
 

@@ -3,16 +3,23 @@
 //! A packet whose checksum is partial is handed to a pod with the request to complete it, and no byte is summed; on its
 //! way to the wire it is completed here.
 
+use std::net::IpAddr;
+
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId, checksum};
 use vswitch_xsk::{Packet, TxChecksum, Umem};
 
+use crate::bucket::Bucket;
 use crate::counters::Counters;
+use crate::icmp::{self, Speaker};
 use crate::meta::{Checksum, Kind, Meta};
 use crate::parse::UDP;
 use crate::port::PortIo;
-use crate::snapshot::{Network, PortKind, Snapshot};
+use crate::segment;
+use crate::shape::{Held, Queue, Shaped};
+use crate::snapshot::{Network, NetworkMode, Path, PortKind, Snapshot};
+use crate::table::route::NextHop;
 use crate::verdict::{DropReason, Rewrite};
-use crate::vxlan::ETHERNET;
+use crate::vxlan::{ETHERNET, ETHERTYPE_VLAN, TAG};
 
 /// A worker's ports and what egress needs beside them.
 #[derive(Debug)]
@@ -29,36 +36,37 @@ pub(crate) struct Egress<'a, P> {
     pub(crate) umem: &'a mut Umem,
     pub(crate) counters: &'a mut Counters,
     pub(crate) snapshot: &'a Snapshot,
+    pub(crate) scratch: &'a mut Scratch,
+    pub(crate) now_ns: u64,
+}
+
+/// Room to build packets in. Taken once, so that nothing is allocated a packet.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    /// A packet, all frames in a row.
+    pub(crate) whole: Vec<u8>,
+    /// One that is made of it.
+    pub(crate) part: Vec<u8>,
+    /// How many ICMP errors each port may still cause, by port.
+    pub(crate) errors: Vec<Bucket>,
+    /// Packets that wait to be sent to a port with a rate, by port.
+    pub(crate) to: Vec<Queue>,
 }
 
 impl<P: PortIo> Egress<'_, P> {
     /// Out of a port of this switch.
     #[inline]
     pub(crate) fn local(&mut self, mut packet: Packet, meta: &Meta, port: PortId, rewrite: Option<Rewrite>) {
-        let Some(info) = self.snapshot.port(port) else {
-            return self.drop(packet, meta.ingress, DropReason::NoPort);
-        };
-        if let PortKind::Access(access) = &info.kind
-            && access.network != meta.network
-        {
-            return self.drop(packet, meta.ingress, DropReason::NoPort);
+        match self.prepare(&mut packet, meta, port, rewrite) {
+            Ok(request) => self.shape(packet, meta.ingress, port, request),
+            Err(reason) => {
+                let mtu = self.snapshot.port(port).map_or(0, |port| port.mtu);
+                self.refuse(packet, meta, reason, mtu, |egress, part, meta| egress.local(part, meta, port, rewrite));
+            }
         }
-        if packet.len() > info.mtu as usize + ETHERNET {
-            return self.drop(packet, meta.ingress, DropReason::TooBigForPort);
-        }
-        if let Some(rewrite) = rewrite
-            && let Err(reason) = apply(&mut packet, meta, &rewrite)
-        {
-            return self.drop(packet, meta.ingress, reason);
-        }
-        let request = match meta.checksum {
-            Checksum::Complete => None,
-            Checksum::Partial { offset } => Some(TxChecksum { start: meta.l4, offset }),
-        };
-        self.send(packet, meta.ingress, port, request);
     }
 
-    /// Through VXLAN to a peer.
+    /// Through VXLAN to a peer, or straight to it.
     #[inline]
     pub(crate) fn encap(
         &mut self,
@@ -70,14 +78,26 @@ impl<P: PortIo> Egress<'_, P> {
     ) {
         match self.encapsulate(&mut packet, meta, peer, network, rewrite) {
             Ok(port) => self.send(packet, meta.ingress, port, None),
-            Err(reason) => self.drop(packet, meta.ingress, reason),
+            Err(reason) => {
+                let mtu = self.mtu_to(peer, network, meta.hash);
+                let again = |egress: &mut Self, part: Packet, meta: &Meta| {
+                    egress.encap(part, meta, peer, network, rewrite);
+                };
+                self.refuse(packet, meta, reason, mtu, again);
+            }
         }
     }
 
     /// To every other port of the network and, if it did not come from the wire, to every peer of it.
     pub(crate) fn flood(&mut self, packet: Packet, meta: &Meta, network: &Network) {
         let mut receivers = 0;
+        let sender = self.snapshot.access(meta.ingress);
         for &port in network.ports.iter().filter(|&&port| port != meta.ingress) {
+            let is_apart = sender.is_some_and(|sender| sender.is_isolated)
+                && self.snapshot.access(port).is_some_and(|receiver| receiver.is_isolated);
+            if is_apart {
+                continue;
+            }
             receivers += 1;
             if let Some(copy) = self.copy(&packet, meta.ingress) {
                 self.local(copy, meta, port, None);
@@ -101,9 +121,125 @@ impl<P: PortIo> Egress<'_, P> {
         self.umem.free_packet(packet);
     }
 
-    /// Back out of the port it came from.
-    pub(crate) fn reply(&mut self, packet: Packet, meta: &Meta) {
-        self.send(packet, meta.ingress, meta.ingress, None);
+    /// Back to where the packet of `meta` came from: the port, the peer, or the peer behind an address of the underlay.
+    pub(crate) fn back(&mut self, packet: Packet, meta: &Meta) {
+        let came_from = match meta.peer {
+            Some(peer) => Some(peer),
+            None if self.snapshot.access(meta.ingress).is_some() => None,
+            None => match meta.addresses().and_then(|(source, _)| self.snapshot.routes.lookup(meta.network, source)) {
+                Some(NextHop::Peer(peer)) => Some(peer),
+                _ => return self.drop(packet, meta.ingress, DropReason::NotDirect),
+            },
+        };
+        match came_from {
+            Some(peer) => self.encap(packet, meta, peer, meta.network, None),
+            None => self.local(packet, meta, meta.ingress, None),
+        }
+    }
+
+    /// A packet that goes no further. Where a router must say so, it does (RFC 1812 section 4.3); and what is too big and
+    /// may be cut is cut, each piece going on by `again`.
+    pub(crate) fn refuse(
+        &mut self,
+        mut packet: Packet,
+        meta: &Meta,
+        reason: DropReason,
+        mtu: u32,
+        again: impl Fn(&mut Self, Packet, &Meta),
+    ) {
+        let is_too_big = matches!(reason, DropReason::TooBigForWire | DropReason::TooBigForPort);
+        if is_too_big && segment::may_fragment(meta, packet.head().data()) {
+            return self.fragment(packet, meta, mtu as usize, again);
+        }
+        if icmp::may_answer(reason, meta, packet.head().data()) && self.may_speak(meta.ingress) {
+            if let Checksum::Partial { offset } = meta.checksum {
+                // The sender gets its packet quoted as the wire would have carried it.
+                complete(&mut packet, meta, offset, self.umem);
+            }
+            self.speak(&packet, meta, reason, mtu);
+        }
+        self.drop(packet, meta.ingress, reason);
+    }
+
+    /// Takes one from the errors that a port may cause.
+    fn may_speak(&mut self, ingress: PortId) -> bool {
+        let may = self.scratch.errors.get(ingress.index()).is_some_and(|bucket| bucket.take(self.now_ns, 1));
+        if may {
+            self.counters.errors_sent += 1;
+        } else {
+            self.counters.errors_held += 1;
+        }
+        may
+    }
+
+    fn speak(&mut self, packet: &Packet, meta: &Meta, reason: DropReason, mtu: u32) {
+        let Some(speaker) = self.speaker(meta, reason) else { return };
+        let mut message = std::mem::take(&mut self.scratch.part);
+        if icmp::error(reason, meta, packet.head().data(), mtu, speaker, &mut message) {
+            if let Some(counters) = self.counters.port_mut(meta.ingress) {
+                counters.copies += 1;
+            }
+            match self.umem.packet_from(&message) {
+                Some(answer) => self.back(answer, &icmp::meta_of_error(meta, message.len())),
+                None => self.counters.drop(meta.ingress, DropReason::NoFrames),
+            }
+        }
+        self.scratch.part = message;
+    }
+
+    /// As whom the switch speaks to the sender of a packet. In a routed network it is a router with an address of its own;
+    /// in a bridged one it has none, and says only what size would pass, as the destination.
+    fn speaker(&self, meta: &Meta, reason: DropReason) -> Option<Speaker> {
+        let network = self.snapshot.network(meta.network)?;
+        match network.mode {
+            NetworkMode::Routed(gateway) => {
+                let is_here = self.snapshot.access(meta.ingress).is_some();
+                let address = match meta.kind {
+                    Kind::V4 => network.router_v4.or(is_here.then_some(gateway.v4)).map(IpAddr::V4),
+                    _ => network.router_v6.or(is_here.then_some(gateway.v6)).map(IpAddr::V6),
+                };
+                let to =
+                    meta.peer.and_then(|peer| self.snapshot.peer(peer)).map_or(meta.source, |peer| peer.router_mac);
+                Some(Speaker { address: address?, macs: (gateway.mac, to) })
+            }
+            NetworkMode::Bridged if reason == DropReason::TooBigForWire || reason == DropReason::TooBigForPort => {
+                let (_, destination) = meta.addresses()?;
+                Some(Speaker { address: destination, macs: (meta.destination, meta.source) })
+            }
+            NetworkMode::Bridged => None,
+        }
+    }
+
+    /// Cuts an IPv4 packet into what fits (RFC 791 section 3.2).
+    fn fragment(&mut self, mut packet: Packet, meta: &Meta, mtu: usize, again: impl Fn(&mut Self, Packet, &Meta)) {
+        if let Checksum::Partial { offset } = meta.checksum {
+            complete(&mut packet, meta, offset, self.umem);
+        }
+        let mut whole = std::mem::take(&mut self.scratch.whole);
+        let mut part = std::mem::take(&mut self.scratch.part);
+        whole.clear();
+        whole.extend_from_slice(packet.head().data());
+        self.umem.tail(&packet).for_each(|piece| whole.extend_from_slice(piece));
+        self.umem.free_packet(packet);
+        let mut pieces = 0_u64;
+        for piece in segment::Pieces::of(&whole, meta, mtu) {
+            pieces += 1;
+            let meta = piece.emit(&whole, meta, &mut part);
+            match self.umem.packet_from(&part) {
+                Some(piece) => again(self, piece, &meta),
+                None => self.counters.drop(meta.ingress, DropReason::NoFrames),
+            }
+        }
+        if let Some(counters) = self.counters.port_mut(meta.ingress) {
+            counters.copies = counters.copies.wrapping_add(pieces).wrapping_sub(1);
+            if pieces == 0 {
+                // Not even a header fits.
+                counters.copies = counters.copies.wrapping_add(1);
+                counters.drops[DropReason::TooBigForWire.index()] += 1;
+            }
+        }
+        self.scratch.whole = whole;
+        self.scratch.part = part;
     }
 
     /// Counts and frees a packet.
@@ -112,8 +248,36 @@ impl<P: PortIo> Egress<'_, P> {
         self.umem.free_packet(packet);
     }
 
+    /// Out of a port here, when its rate allows.
     #[inline]
-    fn send(&mut self, packet: Packet, ingress: PortId, port: PortId, request: Option<TxChecksum>) {
+    fn shape(&mut self, packet: Packet, ingress: PortId, port: PortId, request: Option<TxChecksum>) {
+        let limits = self.snapshot.port(port).and_then(|info| info.limits.as_ref());
+        let (Some(limit), Some(queue)) =
+            (limits.and_then(|limits| limits.to.as_ref()), self.scratch.to.get_mut(port.index()))
+        else {
+            return self.send(packet, ingress, port, request);
+        };
+        match queue.offer(self.now_ns, limit, Held { packet, request, ingress }) {
+            Shaped::Passed(held) => self.send(held.packet, ingress, port, held.request),
+            Shaped::Waiting => self.counters.held += 1,
+            Shaped::Over(held) => self.drop(held.packet, ingress, DropReason::RateTo),
+        }
+    }
+
+    /// Sends what has waited long enough for a port.
+    pub(crate) fn release(&mut self, port: PortId) {
+        let limits = self.snapshot.port(port).and_then(|info| info.limits.as_ref());
+        let limit = limits.and_then(|limits| limits.to.as_ref());
+        while let Some(queue) = self.scratch.to.get_mut(port.index())
+            && let Some(held) = queue.next(self.now_ns, limit)
+        {
+            self.counters.held -= 1;
+            self.send(held.packet, held.ingress, port, held.request);
+        }
+    }
+
+    #[inline]
+    pub(crate) fn send(&mut self, packet: Packet, ingress: PortId, port: PortId, request: Option<TxChecksum>) {
         let bytes = packet.len() as u64;
         let Some(Some(io)) = self.ports.io.get_mut(port.index()) else {
             return self.drop(packet, ingress, DropReason::NoPort);
@@ -132,6 +296,38 @@ impl<P: PortIo> Egress<'_, P> {
         }
     }
 
+    /// Makes a packet ready for a port here; what is to be asked of the kernel for it.
+    #[inline]
+    fn prepare(
+        &mut self,
+        packet: &mut Packet,
+        meta: &Meta,
+        port: PortId,
+        rewrite: Option<Rewrite>,
+    ) -> Result<Option<TxChecksum>, DropReason> {
+        let info = self.snapshot.port(port).ok_or(DropReason::NoPort)?;
+        let PortKind::Access(access) = &info.kind else { return Err(DropReason::NoPort) };
+        let tag = access.tag_of(meta.network).ok_or(DropReason::NoPort)?;
+        if packet.len() > info.mtu as usize + ETHERNET {
+            return Err(DropReason::TooBigForPort);
+        }
+        if meta.is_syn && meta.peer.is_some() {
+            self.clamp(packet, meta);
+        }
+        if let Some(rewrite) = rewrite {
+            apply(packet, meta, &rewrite)?;
+        }
+        let mut start = meta.l4;
+        if let Some(vid) = tag {
+            push_tag(packet, vid)?;
+            start += TAG as u16;
+        }
+        Ok(match meta.checksum {
+            Checksum::Complete => None,
+            Checksum::Partial { offset } => Some(TxChecksum { start, offset }),
+        })
+    }
+
     #[inline]
     fn encapsulate(
         &mut self,
@@ -141,12 +337,17 @@ impl<P: PortIo> Egress<'_, P> {
         network: NetworkIndex,
         rewrite: Option<Rewrite>,
     ) -> Result<PortId, DropReason> {
+        let is_direct = self.snapshot.is_direct(peer, network);
         let network = self.snapshot.network(network).ok_or(DropReason::UnknownVni)?;
         let peer = self.snapshot.peer(peer).ok_or(DropReason::NoNeighbor)?;
-        let reach = peer.reach.as_ref().ok_or(DropReason::NoNeighbor)?;
-        let (header, inner) = (&reach.header, packet.len());
-        if inner + header.len() > reach.mtu as usize + ETHERNET {
+        let path = peer.path(meta.hash).ok_or(DropReason::NoNeighbor)?;
+        let (header, inner) = (&path.header, packet.len());
+        let room = if is_direct { 0 } else { header.overhead() };
+        if inner + room > path.mtu as usize + ETHERNET {
             return Err(DropReason::TooBigForWire);
+        }
+        if meta.is_syn {
+            self.clamp(packet, meta);
         }
         if let Some(rewrite) = rewrite {
             apply(packet, meta, &rewrite)?;
@@ -154,13 +355,34 @@ impl<P: PortIo> Egress<'_, P> {
         if let Checksum::Partial { offset } = meta.checksum {
             complete(packet, meta, offset, self.umem);
         }
+        if is_direct {
+            let link_layer = header.link_layer();
+            if !packet.head_mut().push_front(link_layer.len() + 2 - ETHERNET) {
+                return Err(DropReason::NoHeadroom);
+            }
+            packet.head_mut().data_mut()[..link_layer.len()].copy_from_slice(link_layer);
+            return Ok(path.port);
+        }
         let ecn = ecn(packet.head().data(), meta);
         let inner_sum = if header.needs_udp_checksum() { sum_from(packet, 0, inner, self.umem) } else { 0 };
         if !packet.head_mut().push_front(header.len()) {
             return Err(DropReason::NoHeadroom);
         }
         header.emit(packet.head_mut().data_mut(), network.vni, meta.hash, inner, ecn, || inner_sum);
-        Ok(reach.port)
+        Ok(path.port)
+    }
+
+    /// Largest IP packet of a network that a flow can send to a peer.
+    fn mtu_to(&self, peer: PeerIndex, network: NetworkIndex, hash: u64) -> u32 {
+        let path = self.snapshot.peer(peer).and_then(|peer| peer.path(hash));
+        let room = |path: &Path| if self.snapshot.is_direct(peer, network) { 0 } else { path.header.overhead() as u32 };
+        path.map_or(0, |path| path.mtu.saturating_sub(room(path)))
+    }
+
+    fn clamp(&self, packet: &mut Packet, meta: &Meta) {
+        if let Some(mss) = self.snapshot.network(meta.network).and_then(|network| network.mss) {
+            segment::clamp(packet.head_mut().data_mut(), meta, mss);
+        }
     }
 
     /// A copy, counted; none, counted as dropped, if there are no frames.
@@ -207,6 +429,18 @@ fn apply(packet: &mut Packet, meta: &Meta, rewrite: &Rewrite) -> Result<(), Drop
         Kind::V6 => ip[7] -= 1,
         Kind::Arp | Kind::Other => {}
     }
+    Ok(())
+}
+
+/// Puts an 802.1Q tag after the MAC addresses.
+fn push_tag(packet: &mut Packet, vid: u16) -> Result<(), DropReason> {
+    if !packet.head_mut().push_front(TAG) {
+        return Err(DropReason::NoHeadroom);
+    }
+    let head = packet.head_mut().data_mut();
+    head.copy_within(TAG..TAG + 12, 0);
+    head[12..14].copy_from_slice(&ETHERTYPE_VLAN.to_be_bytes());
+    head[14..16].copy_from_slice(&vid.to_be_bytes());
     Ok(())
 }
 

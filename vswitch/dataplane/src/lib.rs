@@ -17,23 +17,30 @@
 //! flooding. See [`Counters`].
 #![forbid(unsafe_code)]
 
+mod bucket;
 mod counters;
 pub mod decide;
 pub mod egress;
 mod event;
+mod icmp;
 pub mod meta;
 pub mod parse;
 mod port;
 mod reply;
+mod segment;
+mod shape;
 mod snapshot;
 pub mod table;
 mod verdict;
 pub mod vxlan;
 mod worker;
 
+pub use bucket::Bucket;
 pub use counters::{Counters, PortCounters};
 pub use event::{Event, Location};
 pub use port::PortIo;
-pub use snapshot::{Access, Gateway, Network, NetworkMode, Peer, Port, PortKind, Reach, Snapshot, Underlay};
+pub use snapshot::{
+    Access, Gateway, Limits, Network, NetworkMode, Path, Peer, Port, PortKind, SenderCheck, Snapshot, Underlay,
+};
 pub use verdict::{Action, DropReason, Rewrite, Verdict};
 pub use worker::{BURST, Turn, Worker, WorkerConfig};

@@ -33,10 +33,25 @@ pub struct Meta {
     pub protocol: u8,
     /// Time to live or hop limit.
     pub ttl: u8,
-    /// True for every fragment, the first too.
-    pub is_fragment: bool,
+    /// What the header says of fragmentation; none for a whole packet.
+    pub fragment: Option<Fragment>,
+    /// A TCP segment that opens a connection: SYN is set.
+    pub is_syn: bool,
     /// State of the layer 4 checksum.
     pub checksum: Checksum,
+}
+
+/// Which part of a datagram a packet is (RFC 791 section 3.1, RFC 8200 section 4.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fragment {
+    /// Identification.
+    pub id: u32,
+    /// Where it belongs, bytes.
+    pub offset: u16,
+    /// Bytes of it, without headers.
+    pub bytes: u32,
+    /// False for the last one.
+    pub has_more: bool,
 }
 
 /// Layer 3 protocol of a packet.
@@ -91,6 +106,12 @@ pub struct L4Key {
     pub destination: u16,
 }
 
+impl L4Key {
+    fn word(self) -> u64 {
+        u64::from(self.source) << 16 | u64::from(self.destination)
+    }
+}
+
 /// A key in the words of an operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowFields {
@@ -138,7 +159,7 @@ impl FlowKey {
                 | u64::from(protocol),
             destination.to_u64() | u64::from(is_fragment) << 48,
             source.to_u64(),
-            u64::from(ports.source) << 16 | u64::from(ports.destination),
+            ports.word(),
             addresses[0],
             addresses[1],
             addresses[2],
@@ -182,6 +203,17 @@ impl FlowKey {
 }
 
 impl Meta {
+    /// Gives a later fragment the ports of its datagram's first, and with them its flow.
+    pub(crate) fn lend_ports(&mut self, ports: L4Key, seed: u64) {
+        self.key.0[3] = ports.word();
+        self.hash = self.key.hash(seed);
+    }
+
+    /// True if the layer 4 header is in this packet.
+    pub fn has_l4(&self) -> bool {
+        self.fragment.is_none_or(|fragment| fragment.offset == 0)
+    }
+
     /// Source and destination address, for IP.
     pub fn addresses(&self) -> Option<(IpAddr, IpAddr)> {
         self.key.fields().addresses

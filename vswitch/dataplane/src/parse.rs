@@ -9,13 +9,13 @@
 use std::net::Ipv6Addr;
 
 use vswitch_net::checksum;
-use vswitch_net::{MacAddr, PortId};
+use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 use vswitch_xsk::Packet;
 
-use crate::meta::{Checksum, FlowKey, Kind, L4Key, Meta};
-use crate::snapshot::{PortKind, Snapshot};
+use crate::meta::{Checksum, FlowKey, Fragment, Kind, L4Key, Meta};
+use crate::snapshot::{Access, NetworkMode, PortKind, Snapshot};
 use crate::verdict::DropReason;
-use crate::vxlan::{self, ETHERNET, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_VLAN, Outer};
+use crate::vxlan::{self, ETHERNET, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_VLAN, Outer, TAG, VID};
 
 const ETHERTYPE_ARP: u16 = 0x0806;
 const ETHERTYPE_QINQ: u16 = 0x88a8;
@@ -25,7 +25,8 @@ pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
 pub(crate) const ICMP: u8 = 1;
 pub(crate) const ICMPV6: u8 = 58;
-const SCTP: u8 = 132;
+pub(crate) const SCTP: u8 = 132;
+const TCP_SYN: u8 = 2;
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
@@ -50,16 +51,24 @@ pub fn parse(packet: &mut Packet, ingress: PortId, snapshot: &Snapshot, seed: u6
     let port = snapshot.port(ingress).ok_or(DropReason::NoPort)?;
     match &port.kind {
         PortKind::Access(access) => {
-            let origin = Origin { ingress, network: access.network, peer: None };
-            parse_inner(packet.head().data(), packet.len(), origin, snapshot.underlay.udp_port, seed)
+            let network = if access.vlans.is_empty() { access.network } else { untag(packet, access)? };
+            parse_frame(packet, Origin { ingress, network, peer: None }, snapshot, seed)
         }
-        PortKind::Uplink => {
-            let outer = vxlan::parse_outer(packet.head().data(), packet.len(), &snapshot.underlay)?;
+        PortKind::Uplink(uplink) => {
+            let outer = match vxlan::parse_outer(packet.head().data(), packet.len(), &snapshot.underlay) {
+                Err(DropReason::NotVxlan) if snapshot.underlay.direct.is_some() => {
+                    return parse_direct(packet, ingress, *uplink, snapshot, seed);
+                }
+                other => other?,
+            };
             let network = *snapshot.vnis.get(&outer.vni).ok_or(DropReason::UnknownVni)?;
-            let peer = *snapshot.vteps.get(&outer.source).ok_or(DropReason::UnknownPeer)?;
+            let peer = match snapshot.vteps.get(&outer.source) {
+                Some(peer) => *peer,
+                None if snapshot.underlay.is_ours(outer.source) => return Err(DropReason::SpoofedVtep),
+                None => return Err(DropReason::UnknownPeer),
+            };
             decapsulate(packet, &outer)?;
-            let origin = Origin { ingress, network, peer: Some(peer) };
-            let meta = parse_inner(packet.head().data(), packet.len(), origin, snapshot.underlay.udp_port, seed)?;
+            let meta = parse_frame(packet, Origin { ingress, network, peer: Some(peer) }, snapshot, seed)?;
             if outer.ecn == ECN_CE {
                 mark_congested(packet.head_mut().data_mut(), &meta)?;
             }
@@ -68,10 +77,68 @@ pub fn parse(packet: &mut Packet, ingress: PortId, snapshot: &Snapshot, seed: u6
     }
 }
 
+/// A packet of the underlay that is not encapsulated: from a peer that is routed to directly. The network is the one
+/// that the underlay routes; from which peer it comes is judged on the miss path, by its source.
+fn parse_direct(
+    packet: &mut Packet,
+    ingress: PortId,
+    uplink: MacAddr,
+    snapshot: &Snapshot,
+    seed: u64,
+) -> Result<Meta, DropReason> {
+    let network = snapshot.underlay.direct.ok_or(DropReason::NotVxlan)?;
+    if let Some(vid) = snapshot.underlay.vlan {
+        if vlan_of(packet.head().data()) != Some(vid) {
+            return Err(DropReason::NotVxlan);
+        }
+        pop_tag(packet)?;
+    }
+    let mut meta = parse_frame(packet, Origin { ingress, network, peer: None }, snapshot, seed)?;
+    if meta.destination != uplink {
+        return Err(DropReason::NotForGateway);
+    }
+    if let Some(NetworkMode::Routed(gateway)) = snapshot.network(network).map(|network| network.mode) {
+        // The uplink's address is this router's, on that side.
+        meta.destination = gateway.mac;
+    }
+    Ok(meta)
+}
+
+/// The network of a packet from a trunk port; the tag that named it is taken off (802.1Q-2018 section 6.9).
+fn untag(packet: &mut Packet, access: &Access) -> Result<NetworkIndex, DropReason> {
+    let Some(vid) = vlan_of(packet.head().data()) else {
+        return access.native().ok_or(DropReason::VlanNotAllowed);
+    };
+    let found = access.vlans.iter().find(|(other, _)| *other == vid).map(|&(_, network)| network);
+    let network = match found {
+        Some(network) => network,
+        // A priority tag names no VLAN.
+        None if vid == 0 => access.native().ok_or(DropReason::VlanNotAllowed)?,
+        None => return Err(DropReason::VlanNotAllowed),
+    };
+    pop_tag(packet)?;
+    Ok(network)
+}
+
+/// The VLAN of the outermost tag, if that is an 802.1Q one.
+fn vlan_of(head: &[u8]) -> Option<u16> {
+    let [.., t0, t1, v0, v1] = head.first_chunk::<16>()?;
+    (u16::from_be_bytes([*t0, *t1]) == ETHERTYPE_VLAN).then(|| u16::from_be_bytes([*v0, *v1]) & VID)
+}
+
+fn pop_tag(packet: &mut Packet) -> Result<(), DropReason> {
+    let head = packet.head_mut();
+    if head.len() < ETHERNET + TAG {
+        return Err(DropReason::Truncated);
+    }
+    head.data_mut().copy_within(..12, TAG);
+    if head.pull_front(TAG) { Ok(()) } else { Err(DropReason::Truncated) }
+}
+
 struct Origin {
     ingress: PortId,
-    network: vswitch_net::NetworkIndex,
-    peer: Option<vswitch_net::PeerIndex>,
+    network: NetworkIndex,
+    peer: Option<PeerIndex>,
 }
 
 /// What the layer 3 header says.
@@ -81,7 +148,7 @@ struct Layer3 {
     end: usize,
     protocol: u8,
     ttl: u8,
-    is_fragment: bool,
+    fragment: Option<Fragment>,
     /// A fragment after the first has no layer 4 header.
     has_l4: bool,
     /// Words 4 to 7 of the key.
@@ -103,7 +170,8 @@ fn decapsulate(packet: &mut Packet, outer: &Outer) -> Result<(), DropReason> {
 }
 
 #[inline]
-fn parse_inner(head: &[u8], length: usize, origin: Origin, vxlan_port: u16, seed: u64) -> Result<Meta, DropReason> {
+fn parse_frame(packet: &Packet, origin: Origin, snapshot: &Snapshot, seed: u64) -> Result<Meta, DropReason> {
+    let (head, length) = (packet.head().data(), packet.len());
     let ethernet: &[u8; ETHERNET] = head.first_chunk().ok_or(DropReason::Truncated)?;
     let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5, t0, t1] = *ethernet;
     let destination = MacAddr([d0, d1, d2, d3, d4, d5]);
@@ -112,22 +180,25 @@ fn parse_inner(head: &[u8], length: usize, origin: Origin, vxlan_port: u16, seed
     let layer3 = match ethertype {
         ETHERTYPE_IPV4 => parse_v4(head, length)?,
         ETHERTYPE_IPV6 => parse_v6(head, length)?,
-        ETHERTYPE_VLAN | ETHERTYPE_QINQ => return Err(DropReason::Tagged),
+        ETHERTYPE_VLAN | ETHERTYPE_QINQ
+            if !snapshot.network(origin.network).is_some_and(|network| network.is_transparent) =>
+        {
+            return Err(DropReason::Tagged);
+        }
         other => Layer3 {
             kind: if other == ETHERTYPE_ARP { Kind::Arp } else { Kind::Other },
             l4: ETHERNET,
             end: length,
             protocol: 0,
             ttl: 0,
-            is_fragment: false,
+            fragment: None,
             has_l4: false,
             addresses: [u64::from(other), 0, 0, 0],
             address_sum: 0,
         },
     };
-    let (ports, checksum) =
-        if layer3.has_l4 { parse_l4(head, &layer3)? } else { (L4Key::default(), Checksum::Complete) };
-    if layer3.protocol == UDP && layer3.has_l4 && ports.destination == vxlan_port {
+    let L4 { ports, checksum, is_syn } = if layer3.has_l4 { parse_l4(head, &layer3)? } else { L4::NONE };
+    if layer3.protocol == UDP && layer3.has_l4 && ports.destination == snapshot.underlay.udp_port {
         return Err(DropReason::NestedVxlan);
     }
     let Origin { ingress, network, peer } = origin;
@@ -137,7 +208,7 @@ fn parse_inner(head: &[u8], length: usize, origin: Origin, vxlan_port: u16, seed
         network,
         layer3.kind,
         layer3.protocol,
-        layer3.is_fragment,
+        layer3.fragment.is_some(),
         (destination, source),
         ports,
         layer3.addresses,
@@ -156,7 +227,8 @@ fn parse_inner(head: &[u8], length: usize, origin: Origin, vxlan_port: u16, seed
         l3_len: (layer3.end - ETHERNET) as u32,
         protocol: layer3.protocol,
         ttl: layer3.ttl,
-        is_fragment: layer3.is_fragment,
+        fragment: layer3.fragment,
+        is_syn,
         checksum,
     })
 }
@@ -177,7 +249,16 @@ fn parse_v4(head: &[u8], length: usize) -> Result<Layer3, DropReason> {
     if total < header || ETHERNET + total > length {
         return Err(DropReason::BadLength);
     }
-    let fragment = u16::from_be_bytes([ip[6], ip[7]]);
+    let flags = u16::from_be_bytes([ip[6], ip[7]]);
+    let fragment = (flags & 0x3fff != 0).then(|| Fragment {
+        id: u32::from(u16::from_be_bytes([ip[4], ip[5]])),
+        offset: (flags & 0x1fff) << 3,
+        bytes: (total - header) as u32,
+        has_more: flags & 0x2000 != 0,
+    });
+    if fragment.is_some_and(is_impossible) {
+        return Err(DropReason::BadFragment);
+    }
     let source = u32::from_be_bytes([ip[12], ip[13], ip[14], ip[15]]);
     let destination = u32::from_be_bytes([ip[16], ip[17], ip[18], ip[19]]);
     let halves = |word: u32| (word >> 16) + (word & 0xffff);
@@ -187,8 +268,8 @@ fn parse_v4(head: &[u8], length: usize) -> Result<Layer3, DropReason> {
         end: ETHERNET + total,
         protocol: ip[9],
         ttl: ip[8],
-        is_fragment: fragment & 0x3fff != 0,
-        has_l4: fragment & 0x1fff == 0,
+        fragment,
+        has_l4: flags & 0x1fff == 0,
         addresses: [u64::from(source), 0, u64::from(destination), 0],
         address_sum: halves(source) + halves(destination),
     })
@@ -214,7 +295,7 @@ fn parse_v6(head: &[u8], length: usize) -> Result<Layer3, DropReason> {
         end,
         protocol: ip[6],
         ttl: ip[7],
-        is_fragment: false,
+        fragment: None,
         has_l4: true,
         addresses: [word(8), word(16), word(24), word(32)],
         address_sum: checksum::sum(&ip[8..40]),
@@ -224,8 +305,19 @@ fn parse_v6(head: &[u8], length: usize) -> Result<Layer3, DropReason> {
             HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS | MOBILITY => 8 + 8 * usize::from(byte_at(head, layer3.l4 + 1)?),
             AUTHENTICATION => 8 + 4 * usize::from(byte_at(head, layer3.l4 + 1)?),
             FRAGMENT => {
-                layer3.is_fragment = true;
-                layer3.has_l4 = u16_at(head, layer3.l4 + 2)? & 0xfff8 == 0;
+                let field = u16_at(head, layer3.l4 + 2)?;
+                let part = Fragment {
+                    id: u32_at(head, layer3.l4 + 4)?,
+                    offset: field & 0xfff8,
+                    bytes: end.checked_sub(layer3.l4 + 8).ok_or(DropReason::BadLength)? as u32,
+                    has_more: field & 1 != 0,
+                };
+                if layer3.fragment.is_some() || is_impossible(part) {
+                    return Err(DropReason::BadFragment);
+                }
+                // A whole packet with a fragment header is no fragment (RFC 6946).
+                layer3.fragment = (part.offset != 0 || part.has_more).then_some(part);
+                layer3.has_l4 = part.offset == 0;
                 8
             }
             _ => return Ok(layer3),
@@ -244,17 +336,38 @@ fn parse_v6(head: &[u8], length: usize) -> Result<Layer3, DropReason> {
     Err(DropReason::TooManyHeaders)
 }
 
+/// A part that no stack makes: beyond the largest packet, or before the last and not of whole units.
+fn is_impossible(part: Fragment) -> bool {
+    u32::from(part.offset) + part.bytes > 0xffff
+        || (part.has_more && (part.bytes == 0 || !part.bytes.is_multiple_of(8)))
+}
+
+/// What the layer 4 header says.
+struct L4 {
+    ports: L4Key,
+    checksum: Checksum,
+    is_syn: bool,
+}
+
+impl L4 {
+    const NONE: L4 = L4::new(L4Key { source: 0, destination: 0 }, Checksum::Complete);
+
+    const fn new(ports: L4Key, checksum: Checksum) -> L4 {
+        L4 { ports, checksum, is_syn: false }
+    }
+}
+
 /// Ports and the checksum's state.
 #[inline]
-fn parse_l4(head: &[u8], layer3: &Layer3) -> Result<(L4Key, Checksum), DropReason> {
+fn parse_l4(head: &[u8], layer3: &Layer3) -> Result<L4, DropReason> {
     let at = layer3.l4;
     let room = layer3.end - at;
     let need = match layer3.protocol {
         TCP => 20,
         UDP => 8,
         SCTP => 12,
-        ICMP | ICMPV6 => 4,
-        _ => return Ok((L4Key::default(), Checksum::Complete)),
+        ICMP | ICMPV6 => 8,
+        _ => return Ok(L4::NONE),
     };
     if room < need {
         return Err(DropReason::Truncated);
@@ -271,24 +384,25 @@ fn parse_l4(head: &[u8], layer3: &Layer3) -> Result<(L4Key, Checksum), DropReaso
                 return Err(DropReason::Truncated);
             }
             let checksum = checksum_state(layer3, word(16), 16, room);
-            Ok((L4Key { source: word(0), destination: word(2) }, checksum))
+            let ports = L4Key { source: word(0), destination: word(2) };
+            Ok(L4 { ports, checksum, is_syn: bytes[13] & TCP_SYN != 0 })
         }
         UDP => {
             let length = usize::from(word(4));
             // A jumbo or offloaded datagram may say 0 (RFC 2675); a fragment says the length of the whole.
-            if length != 0 && (length < 8 || (length > room && !layer3.is_fragment)) {
+            if length != 0 && (length < 8 || (length > room && layer3.fragment.is_none())) {
                 return Err(DropReason::BadLength);
             }
             let checksum = match word(6) {
                 0 => Checksum::Complete,
                 field => checksum_state(layer3, field, 6, room),
             };
-            Ok((L4Key { source: word(0), destination: word(2) }, checksum))
+            Ok(L4::new(L4Key { source: word(0), destination: word(2) }, checksum))
         }
-        SCTP => Ok((L4Key { source: word(0), destination: word(2) }, Checksum::Complete)),
+        SCTP => Ok(L4::new(L4Key { source: word(0), destination: word(2) }, Checksum::Complete)),
         _ => {
             let id = if has_echo_id(layer3.protocol, bytes[0]) && room >= 6 { u16_at(head, at + 4)? } else { 0 };
-            Ok((L4Key { source: word(0), destination: id }, Checksum::Complete))
+            Ok(L4::new(L4Key { source: word(0), destination: id }, Checksum::Complete))
         }
     }
 }
@@ -296,7 +410,7 @@ fn parse_l4(head: &[u8], layer3: &Layer3) -> Result<(L4Key, Checksum), DropReaso
 /// Partial, if the field holds the folded pseudo-header sum.
 #[inline(always)]
 fn checksum_state(layer3: &Layer3, field: u16, offset: u16, room: usize) -> Checksum {
-    if layer3.is_fragment {
+    if layer3.fragment.is_some() {
         // A stack completes the sum before it fragments.
         return Checksum::Complete;
     }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId, Vni};
 
+use crate::bucket::Bucket;
 use crate::table::fdb::Fdb;
 use crate::table::route::Routes;
 use crate::vxlan::OuterHeader;
@@ -45,24 +46,39 @@ pub struct Underlay {
     pub v6: Option<Ipv6Addr>,
     /// UDP port of VXLAN, ours and the peers'.
     pub udp_port: u16,
+    /// 802.1Q identifier of the underlay; none if it is untagged.
+    pub vlan: Option<u16>,
+    /// The network whose addresses the underlay routes, if peers are routed to directly.
+    pub direct: Option<NetworkIndex>,
 }
 
 /// A port.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Port {
     /// Largest IP packet of the link, bytes.
     pub mtu: u32,
     /// What it leads to.
     pub kind: PortKind,
+    /// How much may pass; none for as much as there is.
+    pub limits: Option<Arc<Limits>>,
+}
+
+/// How much may pass a port, in bits a second.
+#[derive(Debug, Default)]
+pub struct Limits {
+    /// From the port into the switch.
+    pub from: Option<Bucket>,
+    /// From the switch to the port.
+    pub to: Option<Bucket>,
 }
 
 /// What a port leads to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PortKind {
-    /// A pod.
+    /// A pod, or the host's stack.
     Access(Access),
-    /// The wire.
-    Uplink,
+    /// The wire; the link's own MAC address.
+    Uplink(MacAddr),
 }
 
 /// A pod's port.
@@ -74,6 +90,27 @@ pub struct Access {
     pub mac: MacAddr,
     /// The pod's addresses. Empty means that they are not known and not checked (bridged networks only).
     pub addresses: Vec<IpAddr>,
+    /// What is checked of a sender.
+    pub check: SenderCheck,
+    /// Whether packets without a tag belong to `network`. Only a trunk port may refuse them.
+    pub has_native: bool,
+    /// A trunk's tagged networks, by 802.1Q identifier. Empty for an access port.
+    pub vlans: Vec<(u16, NetworkIndex)>,
+    /// Exchanges nothing with other isolated ports.
+    pub is_isolated: bool,
+    /// May get its own packets back.
+    pub is_hairpin: bool,
+}
+
+/// What is checked of a packet from a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SenderCheck {
+    /// Nothing: a router is behind it.
+    None,
+    /// The source MAC.
+    Mac,
+    /// The source MAC, the source address, and what ARP and neighbor discovery claim.
+    Full,
 }
 
 /// A network.
@@ -83,8 +120,14 @@ pub struct Network {
     pub vni: Vni,
     /// Its manner of forwarding.
     pub mode: NetworkMode,
-    /// Whether ports may send with their own addresses only.
-    pub spoof_check: bool,
+    /// This node's own IPv4 address in a routed network: the source of its ICMP errors.
+    pub router_v4: Option<Ipv4Addr>,
+    /// This node's own IPv6 address in a routed network.
+    pub router_v6: Option<Ipv6Addr>,
+    /// Largest TCP segment, IPv4 and IPv6, written into what opens a connection over the wire.
+    pub mss: Option<(u16, u16)>,
+    /// Whether 802.1Q and 802.1ad tags are carried as payload.
+    pub is_transparent: bool,
     /// Ports here, for flooding.
     pub ports: Vec<PortId>,
     /// Peers to replicate floods to (head-end replication).
@@ -118,13 +161,15 @@ pub struct Peer {
     pub vtep: IpAddr,
     /// Destination MAC of routed packets to it, inside VXLAN.
     pub router_mac: MacAddr,
-    /// The port and header to reach it by; none until the kernel has resolved its next hop.
-    pub reach: Option<Reach>,
+    /// True if the network that the underlay routes is sent to it without encapsulation.
+    pub is_direct: bool,
+    /// Ways to it, of equal cost. Empty until the kernel has resolved a next hop.
+    pub paths: Vec<Path>,
 }
 
-/// How to reach a peer.
+/// One way to a peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reach {
+pub struct Path {
     /// The uplink.
     pub port: PortId,
     /// Largest outer IP packet, bytes.
@@ -133,11 +178,78 @@ pub struct Reach {
     pub header: OuterHeader,
 }
 
+impl Underlay {
+    /// True for an address of our VTEP.
+    pub fn is_ours(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(v4) => self.v4 == Some(v4),
+            IpAddr::V6(v6) => self.v6 == Some(v6),
+        }
+    }
+}
+
+impl Access {
+    /// A port of one network, without tags.
+    pub fn new(network: NetworkIndex, mac: MacAddr, addresses: Vec<IpAddr>, check: SenderCheck) -> Access {
+        Access {
+            network,
+            mac,
+            addresses,
+            check,
+            has_native: true,
+            vlans: Vec::new(),
+            is_isolated: false,
+            is_hairpin: false,
+        }
+    }
+
+    /// The network of packets without a tag.
+    pub fn native(&self) -> Option<NetworkIndex> {
+        self.has_native.then_some(self.network)
+    }
+
+    /// How a packet of `network` leaves by this port: none if not at all, else its tag.
+    #[inline]
+    pub fn tag_of(&self, network: NetworkIndex) -> Option<Option<u16>> {
+        if self.has_native && network == self.network {
+            return Some(None);
+        }
+        self.vlans.iter().find(|(_, other)| *other == network).map(|&(vid, _)| Some(vid))
+    }
+}
+
+impl Peer {
+    /// The path of a flow: the same for all its packets, others for other flows.
+    #[inline]
+    pub fn path(&self, hash: u64) -> Option<&Path> {
+        match &self.paths[..] {
+            [] => None,
+            [one] => Some(one),
+            many => many.get((((hash & 0xffff_ffff) * many.len() as u64) >> 32) as usize),
+        }
+    }
+}
+
 impl Snapshot {
     /// A port, if it exists.
     #[inline(always)]
     pub fn port(&self, port: PortId) -> Option<&Port> {
         self.ports.get(port.index())?.as_deref()
+    }
+
+    /// What an access port leads to; none for an uplink.
+    #[inline]
+    pub fn access(&self, port: PortId) -> Option<&Access> {
+        match self.port(port).map(|port| &port.kind) {
+            Some(PortKind::Access(access)) => Some(access),
+            _ => None,
+        }
+    }
+
+    /// True if packets of the network go to the peer as they are.
+    #[inline]
+    pub fn is_direct(&self, peer: PeerIndex, network: NetworkIndex) -> bool {
+        self.underlay.direct == Some(network) && self.peer(peer).is_some_and(|peer| peer.is_direct)
     }
 
     /// A network, if it exists.

@@ -82,6 +82,12 @@ drop_reasons! {
     BadIpChecksum, "bad-ip-checksum", "the IPv4 header checksum is wrong: look for damage on the link";
     /// More IPv6 extension headers than are followed.
     TooManyHeaders, "too-many-headers", "more than 8 IPv6 extension headers in a row";
+    /// A fragment that no stack makes (RFC 791 section 3.2, RFC 8200 section 4.5).
+    BadFragment, "bad-fragment", "a fragment that is empty, not of whole units, or beyond the largest packet";
+    /// A fragment that covers bytes which were there before (RFC 3128, RFC 5722).
+    FragmentOverlap, "fragment-overlap", "fragments overlap: one datagram is made to look like another";
+    /// A tag that the trunk port does not carry, or none where there must be one.
+    VlanNotAllowed, "vlan-not-allowed", "the port carries no such VLAN: see `switchctl port list`";
     /// An inner 802.1Q tag (RFC 7348 section 6.1).
     Tagged, "vlan-tag", "an 802.1Q tag where none is allowed (RFC 7348 section 6.1)";
     /// The source MAC is a group address or zero.
@@ -96,6 +102,10 @@ drop_reasons! {
     UnknownVni, "unknown-vni", "no network of this node has the packet's VNI: compare `switchctl network list` on both nodes";
     /// The sender is no peer of ours.
     UnknownPeer, "unknown-peer", "the sending VTEP is not a peer: add it with `switchctl peer add`";
+    /// A peer that claims our VTEP address.
+    SpoofedVtep, "spoofed-vtep", "a packet from the wire has this node's own VTEP as its source: two nodes have one address, or somebody forges it";
+    /// Not encapsulated, and not from a peer that may do so.
+    NotDirect, "not-direct", "a packet from the wire without VXLAN, whose source is behind no peer of direct routing";
     /// VXLAN to our port inside a network: a loop, or a pod that forges overlay traffic.
     NestedVxlan, "nested-vxlan", "VXLAN inside a network: a loop, or a pod that forges overlay packets";
     /// Congestion mark on a packet whose sender cannot read it (RFC 6040 section 4.2).
@@ -112,8 +122,16 @@ drop_reasons! {
     TtlExpired, "ttl-expired", "time to live or hop limit is used up";
     /// No route.
     NoRoute, "no-route", "no route to the destination: see `switchctl route list`";
+    /// An address of a range of this node, or of the network's subnets, that nobody has.
+    NoHost, "no-host", "nobody has the destination address: see `switchctl port list` and `switchctl route list`";
+    /// More than the port's rate.
+    RateFrom, "rate-from", "the port sends more than its egress rate";
+    /// More than the receiving port's rate.
+    RateTo, "rate-to", "more than the receiving port's ingress rate";
+    /// Both ports are isolated.
+    Isolated, "isolated", "both ports are isolated from each other";
     /// For the gateway's own address, which offers nothing but ARP and neighbor discovery.
-    ToGateway, "to-gateway", "the gateway address answers only ARP and neighbor solicitation";
+    ToGateway, "to-gateway", "the gateway's address offers nothing but ARP, neighbor discovery and ping";
     /// From or to a link-local, loopback or unspecified address (RFC 4291 section 2.5.6, RFC 3927 section 7).
     LinkLocal, "link-local", "link-local and unspecified addresses are not routed";
     /// Multicast or broadcast in a routed network.

@@ -10,7 +10,9 @@ use crate::snapshot::Underlay;
 use crate::verdict::DropReason;
 
 pub(crate) const ETHERNET: usize = 14;
-const VLAN: usize = 4;
+/// Bytes of an 802.1Q tag, and the bits of its identifier.
+pub(crate) const TAG: usize = 4;
+pub(crate) const VID: u16 = 0xfff;
 const IPV4: usize = 20;
 const IPV6: usize = 40;
 const UDP: usize = 8;
@@ -30,7 +32,7 @@ const ENTROPY_BASE: u16 = 49_152;
 const OUTER_TTL: u8 = 64;
 
 /// Longest outer header.
-pub const MAX_HEADER: usize = ETHERNET + IPV6 + UDP + VXLAN;
+pub const MAX_HEADER: usize = ETHERNET + TAG + IPV6 + UDP + VXLAN;
 
 /// What lies before the inner frame of a received packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,9 +60,15 @@ pub struct Outer {
 pub fn parse_outer(head: &[u8], length: usize, underlay: &Underlay) -> Result<Outer, DropReason> {
     let mut l3 = ETHERNET;
     let mut ethertype = u16_at(head, 12)?;
+    let mut vlan = 0;
     if ethertype == ETHERTYPE_VLAN {
+        vlan = u16_at(head, ETHERNET)? & VID;
         ethertype = u16_at(head, ETHERNET + 2)?;
-        l3 += VLAN;
+        l3 += TAG;
+    }
+    // A tag with identifier zero says a priority and no VLAN.
+    if vlan != underlay.vlan.unwrap_or(0) {
+        return Err(DropReason::NotVxlan);
     }
     let (source, ours, udp, ip_end, ecn);
     match ethertype {
@@ -99,8 +107,11 @@ pub fn parse_outer(head: &[u8], length: usize, underlay: &Underlay) -> Result<Ou
         }
         _ => return Err(DropReason::NotVxlan),
     }
+    if !ours {
+        return Err(DropReason::NotVxlan);
+    }
     let header = head.get(udp..udp + UDP + VXLAN).ok_or(DropReason::Truncated)?;
-    if !ours || u16_at(header, 2)? != underlay.udp_port {
+    if u16_at(header, 2)? != underlay.udp_port {
         return Err(DropReason::NotVxlan);
     }
     let udp_end = udp + usize::from(u16_at(header, 4)?);
@@ -120,24 +131,34 @@ pub fn parse_outer(head: &[u8], length: usize, underlay: &Underlay) -> Result<Ou
 pub struct OuterHeader {
     bytes: [u8; MAX_HEADER],
     length: u8,
+    /// Where the IP header starts.
+    l3: u8,
+    is_v6: bool,
     /// IPv4: sum of the IP header with length zero. IPv6: sum of the pseudo-header's addresses and protocol.
     sum: u32,
 }
 
 impl OuterHeader {
-    /// Headers from our VTEP to a peer's. None if the two are not of one family.
+    /// Headers from our VTEP to a peer's, with an 802.1Q tag if the underlay has one. None if the two are not of one family.
     pub fn new(
         (source_mac, destination_mac): (MacAddr, MacAddr),
         source: IpAddr,
         destination: IpAddr,
         udp_port: u16,
+        vlan: Option<u16>,
     ) -> Option<OuterHeader> {
         let mut bytes = [0; MAX_HEADER];
+        let mut l3 = ETHERNET;
+        if let Some(vid) = vlan {
+            bytes[12..14].copy_from_slice(&ETHERTYPE_VLAN.to_be_bytes());
+            bytes[14..16].copy_from_slice(&(vid & VID).to_be_bytes());
+            l3 += TAG;
+        }
         bytes[..6].copy_from_slice(&destination_mac.0);
         bytes[6..12].copy_from_slice(&source_mac.0);
         let (ethertype, udp, sum) = match (source, destination) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let ip = &mut bytes[ETHERNET..ETHERNET + IPV4];
+                let ip = &mut bytes[l3..l3 + IPV4];
                 ip[0] = 0x45;
                 // Never fragmented (RFC 7348 section 4.3): DF, and then the identification may be zero (RFC 6864).
                 ip[6] = 0x40;
@@ -145,29 +166,35 @@ impl OuterHeader {
                 ip[9] = 17;
                 ip[12..16].copy_from_slice(&source.octets());
                 ip[16..20].copy_from_slice(&destination.octets());
-                (ETHERTYPE_IPV4, ETHERNET + IPV4, checksum::sum(ip))
+                (ETHERTYPE_IPV4, l3 + IPV4, checksum::sum(ip))
             }
             (IpAddr::V6(source), IpAddr::V6(destination)) => {
-                let ip = &mut bytes[ETHERNET..ETHERNET + IPV6];
+                let ip = &mut bytes[l3..l3 + IPV6];
                 ip[0] = 0x60;
                 ip[6] = 17;
                 ip[7] = OUTER_TTL;
                 ip[8..24].copy_from_slice(&source.octets());
                 ip[24..40].copy_from_slice(&destination.octets());
-                (ETHERTYPE_IPV6, ETHERNET + IPV6, checksum::pseudo_v6(source, destination, 17, 0))
+                (ETHERTYPE_IPV6, l3 + IPV6, checksum::pseudo_v6(source, destination, 17, 0))
             }
             _ => return None,
         };
-        bytes[12..14].copy_from_slice(&ethertype.to_be_bytes());
+        bytes[l3 - 2..l3].copy_from_slice(&ethertype.to_be_bytes());
         bytes[udp + 2..udp + 4].copy_from_slice(&udp_port.to_be_bytes());
         bytes[udp + UDP] = FLAG_VNI;
-        Some(OuterHeader { bytes, length: (udp + UDP + VXLAN) as u8, sum })
+        Some(OuterHeader { bytes, length: (udp + UDP + VXLAN) as u8, l3: l3 as u8, is_v6: source.is_ipv6(), sum })
     }
 
     /// Bytes that [`emit`](Self::emit) writes.
     #[inline(always)]
     pub fn len(&self) -> usize {
         usize::from(self.length)
+    }
+
+    /// Bytes of an outer IP packet that the inner one does not get: all headers but the outer Ethernet's.
+    #[inline]
+    pub fn overhead(&self) -> usize {
+        self.len() - usize::from(self.l3) + ETHERNET
     }
 
     /// Never: a header has bytes.
@@ -179,7 +206,14 @@ impl OuterHeader {
     /// section 5).
     #[inline(always)]
     pub fn needs_udp_checksum(&self) -> bool {
-        self.len() == MAX_HEADER
+        self.is_v6
+    }
+
+    /// What stands before the ethertype of the outer packet: both MACs, and the tag if there is one. A packet that is not
+    /// encapsulated gets this and nothing else.
+    #[inline]
+    pub fn link_layer(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.l3) - 2]
     }
 
     /// Writes the headers at the front of `head`, which holds at least [`len`](Self::len) bytes.
@@ -192,17 +226,18 @@ impl OuterHeader {
         let head = &mut head[..length];
         head.copy_from_slice(&self.bytes[..length]);
         let udp_at = length - UDP - VXLAN;
+        let l3 = usize::from(self.l3);
         let udp_length = (UDP + VXLAN + inner) as u16;
         let entropy = ENTROPY_BASE | (hash >> 50) as u16;
         if self.needs_udp_checksum() {
-            head[ETHERNET + 1] = ecn << 4;
-            head[ETHERNET + 4..ETHERNET + 6].copy_from_slice(&udp_length.to_be_bytes());
+            head[l3 + 1] = ecn << 4;
+            head[l3 + 4..l3 + 6].copy_from_slice(&udp_length.to_be_bytes());
         } else {
             let total = udp_length + IPV4 as u16;
-            head[ETHERNET + 1] = ecn;
-            head[ETHERNET + 2..ETHERNET + 4].copy_from_slice(&total.to_be_bytes());
+            head[l3 + 1] = ecn;
+            head[l3 + 2..l3 + 4].copy_from_slice(&total.to_be_bytes());
             let sum = checksum::finish(self.sum + u32::from(ecn) + u32::from(total));
-            head[ETHERNET + 10..ETHERNET + 12].copy_from_slice(&sum.to_be_bytes());
+            head[l3 + 10..l3 + 12].copy_from_slice(&sum.to_be_bytes());
         }
         let udp = &mut head[udp_at..];
         udp[..2].copy_from_slice(&entropy.to_be_bytes());
@@ -220,12 +255,17 @@ mod tests {
     use super::*;
 
     fn underlay() -> Underlay {
-        Underlay { v4: Some(Ipv4Addr::new(192, 0, 2, 2)), v6: Some("2001:db8::2".parse().unwrap()), udp_port: 4789 }
+        Underlay {
+            v4: Some(Ipv4Addr::new(192, 0, 2, 2)),
+            v6: Some("2001:db8::2".parse().unwrap()),
+            udp_port: 4789,
+            ..Underlay::default()
+        }
     }
 
     fn emitted(source: &str, destination: &str, inner: &[u8]) -> Vec<u8> {
         let macs = (MacAddr([2, 0, 0, 0, 0, 1]), MacAddr([2, 0, 0, 0, 0, 2]));
-        let header = OuterHeader::new(macs, source.parse().unwrap(), destination.parse().unwrap(), 4789).unwrap();
+        let header = OuterHeader::new(macs, source.parse().unwrap(), destination.parse().unwrap(), 4789, None).unwrap();
         let mut packet = vec![0xaa; header.len()];
         packet.extend_from_slice(inner);
         let vni = Vni::try_from(0x12_3456).unwrap();

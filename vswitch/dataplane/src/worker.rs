@@ -7,20 +7,32 @@
 use vswitch_net::PortId;
 use vswitch_xsk::{Packet, Umem, prefetch};
 
+use crate::bucket::Bucket;
 use crate::counters::Counters;
 use crate::decide::{decide, is_cacheable};
-use crate::egress::{Egress, Ports};
+use crate::egress::{Egress, Ports, Scratch};
 use crate::event::{Event, Events};
+use crate::icmp;
 use crate::meta::Meta;
 use crate::parse::parse;
 use crate::port::PortIo;
 use crate::reply;
+use crate::shape::{Held, Queue, Shaped};
 use crate::snapshot::{NetworkMode, Snapshot};
 use crate::table::flow::{FlowEntry, FlowTable};
+use crate::table::fragment::{DatagramKey, Fragments};
 use crate::verdict::{Action, DropReason, Verdict};
 
 /// Most packets of one receive call.
 pub const BURST: usize = 64;
+
+/// ICMP errors a second that one port may cause, and how many at once: enough for every path of a pod to be found out,
+/// and too few to be of use against others.
+const ERROR_RATE: u64 = 100;
+const ERROR_BURST: u64 = 50;
+
+/// Longest packet: an IP packet of 65,535 bytes and its Ethernet header with a tag.
+const MAX_PACKET: usize = 65_535 + 18;
 
 /// Sizes of a worker.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +52,8 @@ pub struct Turn {
     pub received: usize,
     /// True if packets are still under way to the kernel, so that another turn is due soon.
     pub is_sending: bool,
+    /// True if packets wait because of a rate, so that another turn is due soon.
+    pub is_holding: bool,
 }
 
 /// One worker.
@@ -53,6 +67,10 @@ pub struct Worker<P> {
     flows: FlowTable,
     counters: Counters,
     events: Events,
+    fragments: Fragments,
+    scratch: Scratch,
+    /// Packets that wait because of the rate of the port that sent them, by port.
+    from: Vec<Queue>,
     burst: Burst,
     config: WorkerConfig,
 }
@@ -89,6 +107,14 @@ impl<P: PortIo> Worker<P> {
             flows: FlowTable::new(config.flow_entries),
             counters: Counters::default(),
             events: Events::new(),
+            fragments: Fragments::new(),
+            scratch: Scratch {
+                whole: Vec::with_capacity(MAX_PACKET),
+                part: Vec::with_capacity(MAX_PACKET),
+                errors: Vec::new(),
+                to: Vec::new(),
+            },
+            from: Vec::new(),
             burst: Burst {
                 packets: Vec::with_capacity(BURST),
                 slots: Vec::with_capacity(BURST),
@@ -109,6 +135,10 @@ impl<P: PortIo> Worker<P> {
             self.ports.is_busy.resize(port.index() + 1, false);
         }
         self.ports.io[port.index()] = Some(io);
+        let known = self.scratch.errors.len();
+        self.from.resize_with(self.ports.io.len(), Queue::default);
+        self.scratch.to.resize_with(self.ports.io.len(), Queue::default);
+        self.scratch.errors.extend((known..=port.index()).map(|_| Bucket::new(ERROR_RATE, ERROR_BURST)));
         self.counters.open(port);
         self.wake(port);
         // What `mark_busy` and `wake` push must never allocate during a turn.
@@ -124,6 +154,7 @@ impl<P: PortIo> Worker<P> {
         self.active.retain(|&(other, _)| other != port);
         self.idle.retain(|&other| other != port);
         self.ports.busy.retain(|&other| other != port);
+        self.discard_held(port);
         if let Some(is_busy) = self.ports.is_busy.get_mut(port.index()) {
             *is_busy = false;
         }
@@ -149,6 +180,9 @@ impl<P: PortIo> Worker<P> {
 
     /// One pass: receive, decide, send, and take sent frames back.
     pub fn turn(&mut self, now_ns: u64, snapshot: &Snapshot) -> Turn {
+        if self.counters.held > 0 {
+            self.release(now_ns, snapshot);
+        }
         let mut received = 0;
         let mut at = 0;
         while at < self.active.len() {
@@ -160,6 +194,8 @@ impl<P: PortIo> Worker<P> {
             if count > 0 {
                 received += count;
                 self.active[at].1 = 0;
+                count_received(&mut self.counters, port, &self.burst.packets);
+                self.limit(port, now_ns, snapshot);
                 self.process(port, now_ns, snapshot);
             } else if quiet >= self.config.idle_turns && self.can_receive(port) {
                 self.park(at);
@@ -170,7 +206,7 @@ impl<P: PortIo> Worker<P> {
             at += 1;
         }
         self.flush();
-        Turn { received, is_sending: !self.ports.busy.is_empty() }
+        Turn { received, is_sending: !self.ports.busy.is_empty(), is_holding: self.counters.held > 0 }
     }
 
     /// Events since the last call.
@@ -234,17 +270,74 @@ impl<P: PortIo> Worker<P> {
         self.idle.push(port);
     }
 
+    /// Holds back what a port sends beyond its rate.
+    fn limit(&mut self, port: PortId, now_ns: u64, snapshot: &Snapshot) {
+        let limits = snapshot.port(port).and_then(|info| info.limits.as_ref());
+        let (Some(limit), Some(queue)) =
+            (limits.and_then(|limits| limits.from.as_ref()), self.from.get_mut(port.index()))
+        else {
+            return;
+        };
+        // Passed ones go to the end while the burst is emptied from its front: the order stays.
+        for _ in 0..self.burst.packets.len() {
+            let packet = self.burst.packets.remove(0);
+            match queue.offer(now_ns, limit, Held { packet, request: None, ingress: port }) {
+                Shaped::Passed(held) => self.burst.packets.push(held.packet),
+                Shaped::Waiting => self.counters.held += 1,
+                Shaped::Over(held) => {
+                    self.counters.drop(port, DropReason::RateFrom);
+                    self.umem.free_packet(held.packet);
+                }
+            }
+        }
+    }
+
+    /// Lets go on what has waited long enough.
+    fn release(&mut self, now_ns: u64, snapshot: &Snapshot) {
+        for at in 0..self.from.len() {
+            let port = PortId(at as u16);
+            if !self.from[at].is_empty() {
+                let limits = snapshot.port(port).and_then(|info| info.limits.as_ref());
+                let limit = limits.and_then(|limits| limits.from.as_ref());
+                while self.burst.packets.len() < BURST
+                    && let Some(held) = self.from[at].next(now_ns, limit)
+                {
+                    self.counters.held -= 1;
+                    self.burst.packets.push(held.packet);
+                }
+                self.process(port, now_ns, snapshot);
+            }
+            if !self.scratch.to[at].is_empty() {
+                let Worker { umem, ports, counters, scratch, .. } = self;
+                Egress { ports, umem, counters, snapshot, scratch, now_ns }.release(port);
+            }
+        }
+    }
+
+    /// What waits for or from a port that goes is dropped with it.
+    fn discard_held(&mut self, port: PortId) {
+        let queues = [self.from.get_mut(port.index()), self.scratch.to.get_mut(port.index())];
+        for queue in queues.into_iter().flatten() {
+            while let Some(held) = queue.pop() {
+                self.counters.held -= 1;
+                self.counters.drop(held.ingress, DropReason::NoPort);
+                self.umem.free_packet(held.packet);
+            }
+        }
+    }
+
     /// The walk of one burst: parse all, look all up, decide about the misses, then one loop a verdict.
     fn process(&mut self, ingress: PortId, now_ns: u64, snapshot: &Snapshot) {
-        let Worker { umem, ports, flows, counters, events, burst, config, .. } = self;
+        let Worker { umem, ports, flows, counters, events, fragments, scratch, burst, config, .. } = self;
         let Burst { packets, slots, local, encap } = burst;
-        let mut out = Egress { ports, umem, counters, snapshot };
+        let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns };
         for packet in packets.iter() {
             prefetch(packet.head().first_byte());
         }
-        count_received(&mut out, ingress, packets);
         for mut packet in packets.drain(..) {
-            match parse(&mut packet, ingress, snapshot, config.seed) {
+            let parsed = parse(&mut packet, ingress, snapshot, config.seed)
+                .and_then(|meta| follow(fragments, meta, now_ns, config.seed));
+            match parsed {
                 Ok(meta) => {
                     flows.prefetch(meta.hash);
                     slots.push(Slot { packet: Some(packet), meta, found: None, action: None });
@@ -305,8 +398,8 @@ impl<P: PortIo> Worker<P> {
     }
 }
 
-fn count_received<P>(out: &mut Egress<'_, P>, ingress: PortId, packets: &[Packet]) {
-    if let Some(port) = out.counters.port_mut(ingress) {
+fn count_received(counters: &mut Counters, ingress: PortId, packets: &[Packet]) {
+    if let Some(port) = counters.port_mut(ingress) {
         port.rx_packets += packets.len() as u64;
         port.rx_bytes += packets.iter().map(|packet| packet.len() as u64).sum::<u64>();
     }
@@ -337,17 +430,33 @@ fn miss<P: PortIo>(
             None => out.drop(packet, meta.ingress, DropReason::UnknownVni),
         },
         Verdict::Reply => match answer(&mut packet, meta, out.snapshot) {
-            Ok(()) => out.reply(packet, meta),
+            Ok(()) => out.back(packet, meta),
             Err(reason) => out.drop(packet, meta.ingress, reason),
         },
-        Verdict::Drop(reason) => out.drop(packet, meta.ingress, reason),
+        // Nothing that is dropped here is too big, so there are no pieces to send on.
+        Verdict::Drop(reason) => out.refuse(packet, meta, reason, 0, |out, piece, meta| out.back(piece, meta)),
         Verdict::Forward(_) => {}
     }
     None
 }
 
+/// A fragment belongs to the flow of its datagram.
+fn follow(fragments: &mut Fragments, mut meta: Meta, now_ns: u64, seed: u64) -> Result<Meta, DropReason> {
+    if let Some(fragment) = meta.fragment {
+        let own = meta.has_l4().then(|| meta.key.fields().ports);
+        let key = DatagramKey::of(&meta, fragment);
+        if let Some(ports) = fragments.follow(now_ns, key, key.hash(seed), fragment, own)? {
+            meta.lend_ports(ports, seed);
+        }
+    }
+    Ok(meta)
+}
+
 fn answer(packet: &mut Packet, meta: &Meta, snapshot: &Snapshot) -> Result<(), DropReason> {
     match snapshot.network(meta.network).map(|network| network.mode) {
+        Some(NetworkMode::Routed(gateway)) if icmp::is_echo_request(meta) => {
+            icmp::answer_echo(packet, meta, gateway.mac)
+        }
         Some(NetworkMode::Routed(gateway)) => reply::answer(packet, meta, &gateway),
         _ => Err(DropReason::NeighborIgnored),
     }

@@ -4,7 +4,9 @@
 //! make a pod's interface. Nothing here touches a link, an address or a route that it did not make.
 #![forbid(unsafe_code)]
 
-mod features;
+mod ethtool;
+mod follow;
+mod host;
 mod netns;
 pub mod plug;
 mod underlay;
@@ -12,7 +14,9 @@ mod veth;
 
 use std::net::IpAddr;
 
+pub use follow::{Follower, Forwarding, KernelRoute, News};
 use futures_util::TryStreamExt;
+pub use host::{HOST_PROTOCOL, HostRoute};
 pub use netns::Netns;
 use rtnetlink::Handle;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
@@ -71,6 +75,10 @@ pub struct LinkState {
     pub rx_queues: u32,
     /// True for a veth.
     pub is_veth: bool,
+    /// The bridge or bond that it is part of.
+    pub master: Option<u32>,
+    /// `vlan`, `bond`, ... as the kernel names the kind of a link that is no plain device.
+    pub kind: Option<String>,
 }
 
 impl LinkError {
@@ -136,6 +144,28 @@ impl Kernel {
         Ok(all.iter().map(link_state).collect())
     }
 
+    /// Addresses of all links, usable from elsewhere or not.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn all_addresses(&self) -> Result<Vec<IpAddr>, LinkError> {
+        use rtnetlink::packet_route::address::AddressAttribute;
+        let all: Vec<_> = self
+            .handle
+            .address()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|error| refused("list addresses", error))?;
+        let address = |attribute: &AddressAttribute| match attribute {
+            AddressAttribute::Local(address) | AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        };
+        Ok(all.iter().flat_map(|message| message.attributes.iter().filter_map(address)).collect())
+    }
+
     /// Addresses of a link that are usable from elsewhere: not link-local, not tentative.
     ///
     /// # Errors
@@ -180,6 +210,8 @@ fn link_state(message: &LinkMessage) -> LinkState {
         is_up: message.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
         rx_queues: 1,
         is_veth: false,
+        master: None,
+        kind: None,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -191,10 +223,13 @@ fn link_state(message: &LinkMessage) -> LinkState {
             }
             LinkAttribute::Mtu(mtu) => state.mtu = *mtu,
             LinkAttribute::NumRxQueues(queues) => state.rx_queues = *queues,
+            LinkAttribute::Controller(index) => state.master = Some(*index),
             LinkAttribute::LinkInfo(infos) => {
-                state.is_veth = infos
-                    .iter()
-                    .any(|info| matches!(info, LinkInfo::Kind(rtnetlink::packet_route::link::InfoKind::Veth)));
+                state.kind = infos.iter().find_map(|info| match info {
+                    LinkInfo::Kind(kind) => Some(kind.to_string()),
+                    _ => None,
+                });
+                state.is_veth = state.kind.as_deref() == Some("veth");
             }
             _ => {}
         }

@@ -5,9 +5,9 @@
 use std::path::Path;
 
 use vswitch_api::{Answer, ApiError, Client, ClientError, ErrorCode, PortInfo, PortSpec, Request};
-use vswitch_net::{MacAddr, POD_LINK_MTU, POD_LINK_MTU_MIN};
+use vswitch_net::{LIMITED_LINK_MTU, MacAddr, POD_LINK_MTU, POD_LINK_MTU_MIN};
 
-use crate::{Kernel, LinkError, Netns, VethSpec, features};
+use crate::{Kernel, LinkError, Netns, VethSpec, ethtool};
 
 const EEXIST: i32 = 17;
 
@@ -67,7 +67,8 @@ pub fn pod_mac(container_id: &str, ifname: &str) -> MacAddr {
 ///
 /// Each tells what to do; nothing is left behind.
 pub async fn plug(client: &mut Client, plug: &Plug<'_>) -> Result<PortInfo, PlugError> {
-    let mtu = plug.port.mtu.unwrap_or(POD_LINK_MTU);
+    let usual = if plug.port.bandwidth.is_unlimited() { POD_LINK_MTU } else { LIMITED_LINK_MTU };
+    let mtu = plug.port.mtu.unwrap_or(usual);
     if !(POD_LINK_MTU_MIN..=POD_LINK_MTU).contains(&mtu) {
         return Err(PlugError::Mtu(mtu));
     }
@@ -90,7 +91,7 @@ pub async fn plug(client: &mut Client, plug: &Plug<'_>) -> Result<PortInfo, Plug
         Answer::Status(status) => status.workers.len() as u32,
         other => return Err(unexpected(&other)),
     };
-    let port = &plug.port;
+    let port = PortSpec { mtu: Some(mtu), ..plug.port.clone() };
     let veth = VethSpec { host: &port.link, pod: plug.ifname, netns: &netns, mac: port.mac, mtu, queues };
     host.create_veth(&veth).await?;
     let result = async {
@@ -121,7 +122,7 @@ async fn configure(pod: &Kernel, netns: &Netns, ifname: &str, info: &PortInfo) -
     if info.addresses.iter().any(|address| address.addr().is_ipv6()) {
         enable_ipv6(netns, ifname)?;
     }
-    features::turn_off(netns, ifname).await?;
+    ethtool::turn_off(Some(netns), ifname).await?;
     pod.set_up(link.ifindex).await?;
     for &address in &info.addresses {
         pod.add_address(link.ifindex, address).await?;

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use futures_util::{StreamExt, TryStreamExt};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourState};
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteType};
+use rtnetlink::packet_route::route::{RouteFlags, RouteType};
 use rtnetlink::{MulticastGroup, RouteMessageBuilder};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use vswitch_net::MacAddr;
 
-use crate::{Kernel, LinkError, errno, refused};
+use crate::{Kernel, LinkError, errno, follow, refused};
 
 /// How the kernel would send to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,33 +80,26 @@ impl Drop for Watch {
 }
 
 impl Kernel {
-    /// The route to an address; none if there is none.
+    /// The ways to an address, of equal cost; empty if there is none.
     ///
     /// # Errors
     ///
     /// [`LinkError::Refused`].
-    pub async fn route_to(&self, destination: IpAddr) -> Result<Option<Route>, LinkError> {
-        let message = match destination {
+    pub async fn routes_to(&self, destination: IpAddr) -> Result<Vec<Route>, LinkError> {
+        let mut message = match destination {
             IpAddr::V4(v4) => RouteMessageBuilder::<std::net::Ipv4Addr>::new().destination_prefix(v4, 32).build(),
             IpAddr::V6(v6) => RouteMessageBuilder::<std::net::Ipv6Addr>::new().destination_prefix(v6, 128).build(),
         };
+        // The table's entry with all its next hops, and not the one that the kernel would choose for a packet.
+        message.header.flags |= RouteFlags::FibMatch;
         let found = match self.handle.route().get(message).execute().try_next().await {
             Ok(found) => found,
             // ENETUNREACH, EHOSTUNREACH, EINVAL, EACCES: an unreachable, blackhole or prohibit route, or none.
             Err(error) if matches!(errno(&error), Some(101 | 113 | 22 | 13)) => None,
             Err(error) => return Err(refused(format!("look up the route to {destination}"), error)),
         };
-        let Some(message) = found.filter(|message| message.header.kind == RouteType::Unicast) else { return Ok(None) };
-        let mut route = Route { ifindex: 0, gateway: None };
-        for attribute in &message.attributes {
-            match attribute {
-                RouteAttribute::Oif(index) => route.ifindex = *index,
-                RouteAttribute::Gateway(RouteAddress::Inet(v4)) => route.gateway = Some((*v4).into()),
-                RouteAttribute::Gateway(RouteAddress::Inet6(v6)) => route.gateway = Some((*v6).into()),
-                _ => {}
-            }
-        }
-        Ok((route.ifindex != 0).then_some(route))
+        let unicast = found.filter(|message| message.header.kind == RouteType::Unicast);
+        Ok(unicast.as_ref().map(follow::next_hops).unwrap_or_default())
     }
 
     /// Neighbor entries of a link, by address.

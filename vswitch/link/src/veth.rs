@@ -133,7 +133,7 @@ impl Kernel {
 
 /// Closes the host's stack to a link of ours (kernel document `networking/ip-sysctl.rst`). No route leads to the link, so
 /// strict reverse path filtering drops every IPv4 packet from it; ARP is not answered; IPv6 is off.
-fn seal(link: &str) -> Result<(), LinkError> {
+pub(crate) fn seal(link: &str) -> Result<(), LinkError> {
     let settings = [("ipv4", "rp_filter", "1"), ("ipv4", "arp_ignore", "8"), ("ipv6", "disable_ipv6", "1")];
     for (family, name, value) in settings {
         let path = format!("/proc/sys/net/{family}/conf/{link}/{name}");
@@ -147,7 +147,7 @@ fn seal(link: &str) -> Result<(), LinkError> {
     Ok(())
 }
 
-fn route_message(ifindex: u32, destination: IpNet, gateway: Option<IpAddr>) -> RouteMessage {
+pub(crate) fn route_message(ifindex: u32, destination: IpNet, gateway: Option<IpAddr>) -> RouteMessage {
     let scope = if gateway.is_none() { RouteScope::Link } else { RouteScope::Universe };
     match destination {
         IpNet::V4(v4) => {

@@ -16,6 +16,10 @@ pub use mac::{MacAddr, MacParseError};
 /// A frame of this size and its Ethernet header fill 17 chunks of 3,840 usable bytes; the kernel takes at most 18.
 pub const POD_LINK_MTU: u32 = 65_000;
 
+/// The MTU of the link of a pod whose rate is limited: a rate is kept by dropping, and a TCP that loses segments of 65,000
+/// bytes keeps far below it.
+pub const LIMITED_LINK_MTU: u32 = 1500;
+
 /// The smallest MTU of a pod's link: what IPv6 needs (RFC 8200 section 5).
 pub const POD_LINK_MTU_MIN: u32 = 1280;
 

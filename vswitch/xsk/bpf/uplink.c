@@ -1,7 +1,9 @@
-/* The program of an uplink: only VXLAN to our own VTEP goes to the switch, all else stays the host's.
+/* The program of an uplink: only what is the switch's goes to the switch, all else stays the host's.
  *
- * Ours is UDP, unfragmented, to one of our VTEP addresses and our port (RFC 7348 section 5), with at most one 802.1Q
- * tag before it. IPv6 is ours only without extension headers, as VTEPs send it. Without a socket it passes too.
+ * Ours is VXLAN to our VTEP: UDP, unfragmented, to one of our VTEP addresses and our port (RFC 7348 section 5). IPv6 is
+ * ours only without extension headers, as VTEPs send it. Where peers are routed to directly, ours is also what comes
+ * from an address of the cluster and goes to one of this node's pods. Either way with the tag of the underlay, if it has
+ * one, and else without. Without a socket it passes too.
  */
 #include "common.h"
 
@@ -16,7 +18,8 @@ struct vtep {
 	__u8 v6[16];
 	__u8 v4[4];
 	__u8 port[2];
-	__u8 pad[2];
+	/* 802.1Q identifier; zero for none. */
+	__u8 vlan[2];
 };
 
 struct {
@@ -25,6 +28,21 @@ struct {
 	__type(key, __u32);
 	__type(value, struct vtep);
 } VTEP SEC(".maps");
+
+/* A prefix of either family; IPv4 as IPv4-mapped IPv6. */
+struct prefix {
+	__u32 length;
+	__u8 address[16];
+};
+
+/* Addresses of this node's pods, and of the whole cluster. Empty unless peers are routed to directly. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct prefix);
+	__type(value, __u8);
+} LOCAL SEC(".maps"), CLUSTER SEC(".maps");
 
 struct vlan {
 	__be16 tci;
@@ -71,13 +89,42 @@ static __always_inline int is_ours(void *at, void *end, __be16 proto, struct vte
 	return udp->dest == *(__u16 *)vtep->port;
 }
 
+static __always_inline int is_in(void *map, const void *address, __be16 proto)
+{
+	struct prefix key = { .length = 128 };
+
+	if (proto == be16(ETH_P_IP)) {
+		key.address[10] = 0xff;
+		key.address[11] = 0xff;
+		__builtin_memcpy(&key.address[12], address, 4);
+	} else {
+		__builtin_memcpy(key.address, address, 16);
+	}
+	return bpf_map_lookup_elem(map, &key) != 0;
+}
+
+static __always_inline int is_direct(void *at, void *end, __be16 proto)
+{
+	if (proto == be16(ETH_P_IP)) {
+		struct iphdr *ip = at;
+
+		return at + sizeof(*ip) <= end && is_in(&LOCAL, &ip->daddr, proto) && is_in(&CLUSTER, &ip->saddr, proto);
+	}
+	if (proto == be16(ETH_P_IPV6)) {
+		struct ipv6hdr *ip = at;
+
+		return at + sizeof(*ip) <= end && is_in(&LOCAL, &ip->daddr, proto) && is_in(&CLUSTER, &ip->saddr, proto);
+	}
+	return 0;
+}
+
 SEC("xdp.frags")
 int uplink(struct xdp_md *ctx)
 {
 	void *at = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
 	struct ethhdr *eth = at;
 	struct vtep *vtep;
-	__be16 proto;
+	__be16 proto, vid = 0;
 	__u32 zero = 0;
 
 	vtep = bpf_map_lookup_elem(&VTEP, &zero);
@@ -91,9 +138,12 @@ int uplink(struct xdp_md *ctx)
 		if (at + sizeof(*vlan) > end)
 			return XDP_PASS;
 		proto = vlan->proto;
+		vid = vlan->tci & be16(0x0fff);
 		at += sizeof(*vlan);
 	}
-	if (!is_ours(at, end, proto, vtep))
+	if (vid != *(__u16 *)vtep->vlan)
+		return XDP_PASS;
+	if (!is_ours(at, end, proto, vtep) && !is_direct(at, end, proto))
 		return XDP_PASS;
 	return bpf_redirect_map(&SOCKETS, ctx->rx_queue_index, XDP_PASS);
 }

@@ -3,10 +3,11 @@
 //! A program is attached by a BPF link that lives as long as its descriptor (kernel 5.9), so that nothing stays on the
 //! device whatever ends the daemon.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::{fmt, io};
 
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, Map, MapData, MapError, XskMap};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{ProgramError as AyaProgramError, Xdp, XdpMode as AyaMode};
@@ -33,6 +34,8 @@ pub struct Vtep {
     pub v6: Option<Ipv6Addr>,
     /// Our UDP port.
     pub port: u16,
+    /// 802.1Q identifier of the underlay.
+    pub vlan: Option<u16>,
 }
 
 /// Where in the kernel the program runs.
@@ -88,10 +91,23 @@ pub enum ProgramError {
 pub struct AttachedProgram {
     _link: XdpLink,
     sockets: XskMap<MapData>,
-    vtep: Option<Array<MapData, [u8; 24]>>,
+    uplink: Option<UplinkMaps>,
     mode: XdpMode,
     /// Why native mode was not used, in the kernel's words.
     fallback_reason: Option<String>,
+}
+
+/// What an uplink's program looks up.
+struct UplinkMaps {
+    vtep: Array<MapData, [u8; 24]>,
+    local: Prefixes,
+    cluster: Prefixes,
+}
+
+/// A map of prefixes and what it holds.
+struct Prefixes {
+    map: LpmTrie<MapData, [u8; 16], u8>,
+    held: Vec<(IpAddr, u8)>,
 }
 
 impl AttachedProgram {
@@ -108,12 +124,15 @@ impl AttachedProgram {
         // No kernel BTF: the programs read packets and maps only, and parsing it would cost every port its time.
         let mut ebpf = EbpfLoader::new().btf(None).load(object).map_err(load_error)?;
         let sockets = take_map(&mut ebpf, "SOCKETS")?.try_into()?;
-        let vtep = match role {
+        let uplink = match role {
             Role::Pod => None,
             Role::Uplink(vtep) => {
                 let mut map = take_map(&mut ebpf, "VTEP")?.try_into()?;
                 write_vtep(&mut map, vtep)?;
-                Some(map)
+                let mut prefixes = |name| -> Result<Prefixes, ProgramError> {
+                    Ok(Prefixes { map: take_map(&mut ebpf, name)?.try_into()?, held: Vec::new() })
+                };
+                Some(UplinkMaps { vtep: map, local: prefixes("LOCAL")?, cluster: prefixes("CLUSTER")? })
             }
         };
         let program: &mut Xdp = ebpf
@@ -139,7 +158,7 @@ impl AttachedProgram {
             },
         };
         let link = program.take_link(id).map_err(refused)?;
-        Ok(AttachedProgram { _link: link, sockets, vtep, mode, fallback_reason })
+        Ok(AttachedProgram { _link: link, sockets, uplink, mode, fallback_reason })
     }
 
     /// Sends the packets of `queue` to a socket.
@@ -157,7 +176,19 @@ impl AttachedProgram {
     ///
     /// If this is the program of a pod port.
     pub fn set_vtep(&mut self, vtep: Vtep) -> Result<(), ProgramError> {
-        write_vtep(self.vtep.as_mut().ok_or(ProgramError::Missing("VTEP"))?, vtep)
+        write_vtep(&mut self.uplink.as_mut().ok_or(ProgramError::Missing("VTEP"))?.vtep, vtep)
+    }
+
+    /// Changes what an uplink's program takes without VXLAN: what goes to one of `local`, this node's pods, from one of
+    /// `cluster`. Prefixes are address and length.
+    ///
+    /// # Errors
+    ///
+    /// If this is the program of a pod port, or there are more than 4,096 prefixes.
+    pub fn set_direct(&mut self, local: &[(IpAddr, u8)], cluster: &[(IpAddr, u8)]) -> Result<(), ProgramError> {
+        let maps = self.uplink.as_mut().ok_or(ProgramError::Missing("LOCAL"))?;
+        maps.local.replace(local)?;
+        maps.cluster.replace(cluster)
     }
 
     /// Where the program runs.
@@ -168,6 +199,27 @@ impl AttachedProgram {
     /// Why it does not run in native mode, if it does not.
     pub fn fallback_reason(&self) -> Option<&str> {
         self.fallback_reason.as_deref()
+    }
+}
+
+impl Prefixes {
+    fn replace(&mut self, wanted: &[(IpAddr, u8)]) -> Result<(), ProgramError> {
+        for prefix in wanted.iter().filter(|prefix| !self.held.contains(prefix)) {
+            self.map.insert(&key_of(*prefix), 1, 0)?;
+        }
+        for prefix in self.held.iter().filter(|prefix| !wanted.contains(prefix)) {
+            self.map.remove(&key_of(*prefix))?;
+        }
+        self.held = wanted.to_vec();
+        Ok(())
+    }
+}
+
+/// `struct prefix` of `uplink.c`.
+fn key_of((address, length): (IpAddr, u8)) -> Key<[u8; 16]> {
+    match address {
+        IpAddr::V4(v4) => Key::new(96 + u32::from(length), v4.to_ipv6_mapped().octets()),
+        IpAddr::V6(v6) => Key::new(u32::from(length), v6.octets()),
     }
 }
 
@@ -183,6 +235,7 @@ fn write_vtep(map: &mut Array<MapData, [u8; 24]>, vtep: Vtep) -> Result<(), Prog
     value[..16].copy_from_slice(&vtep.v6.map_or([0; 16], |address| address.octets()));
     value[16..20].copy_from_slice(&vtep.v4.map_or([0; 4], |address| address.octets()));
     value[20..22].copy_from_slice(&vtep.port.to_be_bytes());
+    value[22..24].copy_from_slice(&vtep.vlan.unwrap_or(0).to_be_bytes());
     Ok(map.set(0, value, 0)?)
 }
 

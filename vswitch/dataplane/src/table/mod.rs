@@ -2,5 +2,6 @@
 
 pub mod fdb;
 pub mod flow;
+pub mod fragment;
 pub mod route;
 mod sharded;

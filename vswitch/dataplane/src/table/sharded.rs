@@ -1,50 +1,60 @@
-//! A hash map in shards, so that a copy with one change costs one shard.
+//! A hash table in shards, so that a copy with one change costs one shard.
 //!
-//! Readers hold the map inside a snapshot and never see it change. The writer clones the map (256 pointers), then
-//! `Arc::make_mut` copies the one shard it writes to, if a snapshot still holds it.
+//! Readers hold the table inside a snapshot and never see it change. The writer clones the table (256 pointers), then
+//! `Arc::make_mut` copies the one shard it writes to, if a snapshot still holds it. One hash serves shard and slot.
 
-use std::collections::HashMap;
 use std::hash::{BuildHasher, Hash};
 use std::sync::Arc;
+
+use hashbrown::HashTable;
 
 const SHARDS: usize = 256;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Sharded<K, V> {
-    shards: Vec<Arc<HashMap<K, V, foldhash::fast::RandomState>>>,
+    shards: Vec<Arc<HashTable<(K, V)>>>,
     hasher: foldhash::fast::RandomState,
 }
 
 impl<K: Hash + Eq + Clone, V: Clone> Sharded<K, V> {
+    #[inline]
     pub(crate) fn get(&self, key: &K) -> Option<&V> {
-        self.shards[self.shard(key)].get(key)
+        let hash = self.hasher.hash_one(key);
+        self.shards[shard(hash)].find(hash, |(other, _)| other == key).map(|(_, value)| value)
     }
 
     pub(crate) fn insert(&mut self, key: K, value: V) -> Option<V> {
-        let shard = self.shard(&key);
-        Arc::make_mut(&mut self.shards[shard]).insert(key, value)
+        let hash = self.hasher.hash_one(&key);
+        let table = Arc::make_mut(&mut self.shards[shard(hash)]);
+        if let Some((_, before)) = table.find_mut(hash, |(other, _)| *other == key) {
+            return Some(std::mem::replace(before, value));
+        }
+        table.insert_unique(hash, (key, value), |(key, _)| self.hasher.hash_one(key));
+        None
     }
 
     pub(crate) fn remove(&mut self, key: &K) -> Option<V> {
-        let shard = self.shard(key);
+        let hash = self.hasher.hash_one(key);
         // Copying a shard only to find nothing in it would be a waste.
-        self.shards[shard].get(key)?;
-        Arc::make_mut(&mut self.shards[shard]).remove(key)
+        self.get(key)?;
+        let table = Arc::make_mut(&mut self.shards[shard(hash)]);
+        let entry = table.find_entry(hash, |(other, _)| other == key).ok()?;
+        Some(entry.remove().0.1)
     }
 
     pub(crate) fn len(&self) -> usize {
         self.shards.iter().map(|shard| shard.len()).sum()
     }
-
-    fn shard(&self, key: &K) -> usize {
-        // The maps use the low bits of their own hash; the shard uses other bits of this one.
-        (self.hasher.hash_one(key) >> 56) as usize % SHARDS
-    }
 }
 
 impl<K, V> Default for Sharded<K, V> {
     fn default() -> Self {
-        let empty = Arc::new(HashMap::default());
+        let empty = Arc::new(HashTable::new());
         Sharded { shards: vec![empty; SHARDS], hasher: foldhash::fast::RandomState::default() }
     }
+}
+
+/// Bits that the table inside does not use: it takes the lowest for the slot and the highest seven for the tag.
+fn shard(hash: u64) -> usize {
+    (hash >> 40) as usize % SHARDS
 }

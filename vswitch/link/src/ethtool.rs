@@ -1,14 +1,15 @@
-//! Offloads of a pod's link, over ethtool netlink (kernel document `networking/ethtool-netlink.rst`, FEATURES_SET).
+//! Offloads of a pod's link and queues of an uplink, over ethtool netlink (kernel document
+//! `networking/ethtool-netlink.rst`).
 
 use futures_util::StreamExt;
 use genetlink::GenetlinkHandle;
 use netlink_packet_core::{
     DecodeError, DefaultNla, Emitable, NLA_F_NESTED, NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
-    ParseableParametrized,
+    NlasIterator, ParseableParametrized,
 };
 use netlink_packet_generic::{GenlFamily, GenlHeader, GenlMessage};
 
-use crate::{LinkError, Netns};
+use crate::{Kernel, LinkError, Netns};
 
 /// What a pod must not leave to a device that is not there.
 ///
@@ -31,6 +32,9 @@ const OFF: &[&str] = &[
 ];
 
 const FEATURES_SET: u8 = 12;
+const CHANNELS_GET: u8 = 17;
+const CHANNELS_RX_COUNT: u16 = 6;
+const CHANNELS_COMBINED_COUNT: u16 = 9;
 const HEADER: u16 = 1;
 const HEADER_DEV_NAME: u16 = 2;
 const WANTED: u16 = 3;
@@ -41,17 +45,21 @@ const BIT_NAME: u16 = 2;
 /// The kernel's answers for a feature that it does not know or that the device does not have.
 const UNKNOWN: [i32; 2] = [22, 95];
 
-/// Turns the offloads off on a link of another namespace.
+/// Turns the offloads off on a link, here or in another namespace.
 ///
 /// # Errors
 ///
 /// [`LinkError::Refused`], not for features that the kernel does not know.
-pub(crate) async fn turn_off(netns: &Netns, ifname: &str) -> Result<(), LinkError> {
+pub(crate) async fn turn_off(netns: Option<&Netns>, ifname: &str) -> Result<(), LinkError> {
     let runtime = tokio::runtime::Handle::current();
-    let opened = netns.run(move || {
+    let open = move || {
         let _guard = runtime.enter();
         genetlink::new_connection().map(|(connection, handle, _)| (connection, handle))
-    })?;
+    };
+    let opened = match netns {
+        Some(netns) => netns.run(open)?,
+        None => open(),
+    };
     let (connection, mut handle) = opened.map_err(LinkError::Open)?;
     let connection = tokio::spawn(connection);
     let mut result = Ok(());
@@ -65,10 +73,42 @@ pub(crate) async fn turn_off(netns: &Netns, ifname: &str) -> Result<(), LinkErro
     result
 }
 
+impl Kernel {
+    /// How many receive queues a link uses now; none if its driver does not tell (CHANNELS_GET).
+    pub async fn queues(&self, ifname: &str) -> Option<u32> {
+        let (connection, mut handle, _) = genetlink::new_connection().ok()?;
+        let connection = tokio::spawn(connection);
+        let count = channels(&mut handle, ifname).await;
+        connection.abort();
+        count
+    }
+}
+
+async fn channels(handle: &mut GenetlinkHandle, ifname: &str) -> Option<u32> {
+    let ask = Ethtool { command: CHANNELS_GET, body: bytes(&[header(ifname)]) };
+    let mut message = NetlinkMessage::from(GenlMessage::from_payload(ask));
+    message.header.flags = NLM_F_REQUEST;
+    let mut answers = handle.request(message).await.ok()?;
+    let answer = answers.next().await?.ok()?;
+    let NetlinkPayload::InnerMessage(answer) = answer.payload else { return None };
+    let count = |wanted: u16| {
+        let attributes = NlasIterator::new(&answer.payload.body[..]).filter_map(Result::ok);
+        let value = attributes
+            .filter(|attribute| attribute.kind() == wanted)
+            .find_map(|attribute| <[u8; 4]>::try_from(attribute.value()).ok().map(u32::from_ne_bytes));
+        value.unwrap_or(0)
+    };
+    let queues = count(CHANNELS_RX_COUNT) + count(CHANNELS_COMBINED_COUNT);
+    (queues > 0).then_some(queues)
+}
+
 async fn request(handle: &mut GenetlinkHandle, ifname: &str, feature: &str) -> Result<(), LinkError> {
     let failed = |source| LinkError::Refused { what: format!("turn {feature} of {ifname} off"), source };
     let other = |error: genetlink::GenetlinkError| failed(std::io::Error::other(error.to_string()));
-    let off = FeatureOff { ifname: ifname.to_owned(), feature: feature.to_owned() };
+    // One bit in the mask and not in the value.
+    let bit = nested(BITSET_BIT, bytes(&[text(BIT_NAME, feature)]));
+    let wanted = nested(WANTED, bytes(&[nested(BITSET_BITS, bytes(&[bit]))]));
+    let off = Ethtool { command: FEATURES_SET, body: bytes(&[header(ifname), wanted]) };
     let mut message = NetlinkMessage::from(GenlMessage::from_payload(off));
     message.header.flags = NLM_F_REQUEST | NLM_F_ACK;
     let mut answers = handle.request(message).await.map_err(other)?;
@@ -83,29 +123,20 @@ async fn request(handle: &mut GenetlinkHandle, ifname: &str, feature: &str) -> R
     Ok(())
 }
 
-/// ETHTOOL_MSG_FEATURES_SET with one bit in the mask and not in the value.
+/// A message of the family: a command and its attributes.
 #[derive(Clone, Debug)]
-struct FeatureOff {
-    ifname: String,
-    feature: String,
+struct Ethtool {
+    command: u8,
+    body: Vec<u8>,
 }
 
-impl FeatureOff {
-    fn attributes(&self) -> [DefaultNla; 2] {
-        let name = |kind, text: &str| bytes(&[DefaultNla::new(kind, [text.as_bytes(), &[0]].concat())]);
-        let bit = nested(BITSET_BIT, name(BIT_NAME, &self.feature));
-        let bits = nested(BITSET_BITS, bytes(&[bit]));
-        [nested(HEADER, name(HEADER_DEV_NAME, &self.ifname)), nested(WANTED, bytes(&[bits]))]
-    }
-}
-
-impl GenlFamily for FeatureOff {
+impl GenlFamily for Ethtool {
     fn family_name() -> &'static str {
         "ethtool"
     }
 
     fn command(&self) -> u8 {
-        FEATURES_SET
+        self.command
     }
 
     fn version(&self) -> u8 {
@@ -113,21 +144,28 @@ impl GenlFamily for FeatureOff {
     }
 }
 
-impl Emitable for FeatureOff {
+impl Emitable for Ethtool {
     fn buffer_len(&self) -> usize {
-        self.attributes().as_slice().buffer_len()
+        self.body.len()
     }
 
     fn emit(&self, buffer: &mut [u8]) {
-        self.attributes().as_slice().emit(buffer);
+        buffer[..self.body.len()].copy_from_slice(&self.body);
     }
 }
 
-impl ParseableParametrized<[u8], GenlHeader> for FeatureOff {
-    /// The kernel answers with what changed; that it is an answer is enough.
-    fn parse_with_param(_: &[u8], _: GenlHeader) -> Result<FeatureOff, DecodeError> {
-        Ok(FeatureOff { ifname: String::new(), feature: String::new() })
+impl ParseableParametrized<[u8], GenlHeader> for Ethtool {
+    fn parse_with_param(body: &[u8], header: GenlHeader) -> Result<Ethtool, DecodeError> {
+        Ok(Ethtool { command: header.cmd, body: body.to_vec() })
     }
+}
+
+fn header(ifname: &str) -> DefaultNla {
+    nested(HEADER, bytes(&[text(HEADER_DEV_NAME, ifname)]))
+}
+
+fn text(kind: u16, text: &str) -> DefaultNla {
+    DefaultNla::new(kind, [text.as_bytes(), &[0]].concat())
 }
 
 fn nested(kind: u16, value: Vec<u8>) -> DefaultNla {

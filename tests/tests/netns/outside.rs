@@ -1,0 +1,244 @@
+//! The host's own stack, and the world behind it.
+
+use serde_json::{Value, json};
+use xtask::lab::{self, Daemon, Lab, Namespace};
+
+use crate::{Bench, add_pod, assert_balanced, bench, conflist, is_listening};
+
+/// A node that a router, the "internet", reaches at 192.0.2.1 and 2001:db8::1.
+const CONFIG: &str = r#"
+[uplink]
+link = "wire"
+[host]
+network = "pods"
+[[network]]
+name = "pods"
+vni = 1
+subnets = ["10.244.0.0/16", "fd00:10:244::/48"]
+ranges = ["10.244.1.0/24", "fd00:10:244:1::/64"]
+"#;
+
+struct World {
+    node: Namespace,
+    internet: Namespace,
+    daemon: Daemon,
+    pod: Namespace,
+    addresses: Vec<String>,
+}
+
+/// A node, a pod, and a namespace that knows the node and nothing of pods.
+fn world(bench: &mut Bench, config: &str) -> World {
+    let lab = &mut bench.lab;
+    let (node, internet) = (lab.namespace("node").unwrap(), lab.namespace("internet").unwrap());
+    lab.wire(
+        [
+            (&node, "wire", &["192.0.2.1/24", "2001:db8::1/64"]),
+            (&internet, "wire", &["192.0.2.9/24", "2001:db8::9/64"]),
+        ],
+        1500,
+    )
+    .unwrap();
+    internet.ip("addr add 198.51.100.1/32 dev lo").unwrap();
+    internet.ip("addr add 2001:db8:ff::1/128 dev lo").unwrap();
+    node.ip("route add default via 192.0.2.9").unwrap();
+    node.ip("route add default via 2001:db8::9").unwrap();
+    node.run(5, &["sysctl", "-qw", "net.ipv6.conf.all.forwarding=1"]).unwrap();
+    let daemon = lab.daemon(&node, "node", config).unwrap();
+    let (pod, addresses) = add_pod(lab, &daemon, "pod");
+    World { node, internet, daemon, pod, addresses }
+}
+
+/// Serves a TCP greeting that tells the client's address.
+fn greet(lab: &mut Lab, at: &Namespace, port: u16) {
+    let program = "import http.server,socket,sys
+class H(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(self.client_address[0].encode())
+    def log_message(self, *a): pass
+class S(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+    daemon_threads = True
+S(('::', int(sys.argv[1])), H).serve_forever()";
+    lab.spawn(at, &["/usr/bin/python3", "-c", program, &port.to_string()]).unwrap();
+    assert!(is_listening(at, port));
+}
+
+/// As whom a server sees the caller.
+fn seen_as(from: &Namespace, url: &str) -> String {
+    let program = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=3).read().decode())";
+    let text = from.run(5, &["/usr/bin/python3", "-c", program, url]).unwrap();
+    text.trim().trim_start_matches("::ffff:").to_owned()
+}
+
+#[test]
+fn host_and_pods_reach_each_other_and_pods_the_world() {
+    let Some(mut bench) = bench("out") else { return };
+    let World { node, internet, daemon, pod, addresses } = world(&mut bench, CONFIG);
+    let lab = &mut bench.lab;
+    let (v4, v6) = (&addresses[0], &addresses[1]);
+    assert_eq!((v4.as_str(), v6.as_str()), ("10.244.1.2", "fd00:10:244:1::2"), "the first address is the node's own");
+    // Probes, both families: kubelet's way.
+    for address in [v4, v6] {
+        node.await_ping(address).unwrap();
+        assert!(node.pings(address, 20, 5), "host to {address}");
+    }
+    greet(lab, &pod, 80);
+    greet(lab, &node, 8000);
+    greet(lab, &internet, 8001);
+    assert_eq!(seen_as(&node, &format!("http://{v4}/")), "10.244.1.1");
+    assert_eq!(seen_as(&node, &format!("http://[{v6}]/")), "fd00:10:244:1::1");
+    // The host's services, at its address in the network and at its address in the world.
+    for url in ["http://10.244.1.1:8000/", "http://192.0.2.1:8000/"] {
+        assert_eq!(seen_as(&pod, url), *v4, "{url}");
+    }
+    assert_eq!(seen_as(&pod, "http://[2001:db8::1]:8000/"), *v6);
+    // The world sees the node.
+    assert_eq!(seen_as(&pod, "http://198.51.100.1:8001/"), "192.0.2.1");
+    assert_eq!(seen_as(&pod, "http://[2001:db8:ff::1]:8001/"), "2001:db8::1");
+    // And reaches pods, where it has a route to them.
+    internet.ip("route add 10.244.1.0/24 via 192.0.2.1").unwrap();
+    assert_eq!(seen_as(&internet, &format!("http://{v4}/")), "192.0.2.9");
+    let status = daemon.run_ctl(&["status"]).unwrap();
+    assert!(status.contains("host vswitch0: up, network pods, addresses 10.244.1.1,fd00:10:244:1::1"), "{status}");
+    assert_balanced(&daemon);
+}
+
+#[test]
+fn a_pod_gets_no_further_than_it_should() {
+    let Some(mut bench) = bench("bypass") else { return };
+    let config = format!("{CONFIG}\n[[network]]\nname = \"other\"\nvni = 2\nranges = [\"10.77.0.0/24\"]\n");
+    let World { daemon, pod, .. } = world(&mut bench, &config);
+    let lab = &mut bench.lab;
+    let stranger = lab.namespace("stranger").unwrap();
+    let mut other = conflist();
+    other["plugins"][0]["network"] = json!("other");
+    let addresses = daemon.add_pod(&stranger, &other).unwrap();
+    assert!(!pod.pings(&addresses[0], 2, 2), "another network");
+    let drops = || -> Value { daemon.ctl(&["drops"]).unwrap()["drops"].clone() };
+    let count = |reason: &str| {
+        let drops = drops();
+        let found = drops.as_array().unwrap().iter().find(|drop| drop["reason"] == reason).cloned();
+        found.map_or(0, |drop| drop["packets"].as_u64().unwrap_or(0))
+    };
+    // VXLAN to any VTEP, the node's own and others'.
+    let send = "import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for to in ('192.0.2.1', '192.0.2.9', '10.244.1.1'):
+    s.sendto(bytes([8,0,0,0,0,0,2,0]) + bytes(60), (to, 4789))";
+    let before = count("nested-vxlan");
+    pod.run(5, &["/usr/bin/python3", "-c", send]).unwrap();
+    lab::wait_for(5, || count("nested-vxlan") == before + 3).unwrap();
+    assert_balanced(&daemon);
+}
+
+#[test]
+fn ports_of_the_host_lead_to_pods() {
+    let Some(mut bench) = bench("hostport") else { return };
+    let World { node, internet, daemon, .. } = world(&mut bench, CONFIG);
+    let lab = &mut bench.lab;
+    let web = lab.namespace("web").unwrap();
+    let mut netconf = daemon.netconf(&conflist());
+    netconf["runtimeConfig"] = json!({"portMappings": [
+        {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"},
+        {"hostPort": 5353, "containerPort": 53, "protocol": "udp", "hostIP": "192.0.2.1"},
+    ]});
+    let path = web.path();
+    let environment = [("CNI_CONTAINERID", "web"), ("CNI_NETNS", path.as_str()), ("CNI_IFNAME", "eth0")];
+    let added = daemon.cni("ADD", &environment, &netconf).unwrap();
+    assert!(added.is_ok, "{}", added.json);
+    greet(lab, &web, 80);
+    let (pod, _) = add_pod(lab, &daemon, "client");
+    // From outside, from the node itself by any of its addresses, from another pod, and from the pod itself.
+    assert_eq!(seen_as(&internet, "http://192.0.2.1:8080/"), "192.0.2.9");
+    assert_eq!(seen_as(&internet, "http://[2001:db8::1]:8080/"), "2001:db8::9");
+    for url in ["http://192.0.2.1:8080/", "http://127.0.0.1:8080/", "http://10.244.1.1:8080/"] {
+        seen_as(&node, url);
+    }
+    seen_as(&pod, "http://192.0.2.1:8080/");
+    seen_as(&web, "http://192.0.2.1:8080/");
+    let rules = node.run(5, &["nft", "list", "table", "inet", "vswitch"]).unwrap();
+    assert!(rules.contains("udp dport 5353 dnat ip to 10.244.1.3:53"), "{rules}");
+    // Another pod cannot have the same port; when this one goes, its rule goes.
+    let other = lab.namespace("rival").unwrap();
+    let path = other.path();
+    let rival = [("CNI_CONTAINERID", "rival"), ("CNI_NETNS", path.as_str()), ("CNI_IFNAME", "eth0")];
+    let refused = daemon.cni("ADD", &rival, &netconf).unwrap();
+    assert!(!refused.is_ok && refused.json["msg"].as_str().unwrap().contains("8080"), "{}", refused.json);
+    assert!(daemon.cni("DEL", &environment, &netconf).unwrap().is_ok);
+    lab::wait_for(5, || !node.run(5, &["nft", "list", "table", "inet", "vswitch"]).unwrap().contains("8080")).unwrap();
+}
+
+#[test]
+fn rates_of_the_bandwidth_capability_hold() {
+    let Some(mut bench) = bench("rate") else { return };
+    let World { node, daemon, .. } = world(&mut bench, CONFIG);
+    let lab = &mut bench.lab;
+    let slow = lab.namespace("slow").unwrap();
+    let mut netconf = daemon.netconf(&conflist());
+    netconf["runtimeConfig"] = json!({"bandwidth":
+        {"ingressRate": 50_000_000, "ingressBurst": 4_000_000, "egressRate": 20_000_000, "egressBurst": 4_000_000}});
+    let path = slow.path();
+    let environment = [("CNI_CONTAINERID", "slow"), ("CNI_NETNS", path.as_str()), ("CNI_IFNAME", "eth0")];
+    assert!(daemon.cni("ADD", &environment, &netconf).unwrap().is_ok);
+    crate::serve_iperf3(lab, &slow);
+    for (more, rate) in [(&[][..], 50e6), (&["-R"][..], 20e6)] {
+        let got = node.iperf3("10.244.1.3", 3, more).unwrap();
+        println!("{:.1} Mbit/s of {:.0}", got / 1e6, rate / 1e6);
+        // The burst lets more through at first.
+        assert!((rate * 0.7..rate * 1.4).contains(&got), "{got} of {rate}");
+    }
+    let drops = daemon.ctl(&["drops"]).unwrap();
+    let names: Vec<&str> =
+        drops["drops"].as_array().unwrap().iter().filter_map(|drop| drop["reason"].as_str()).collect();
+    assert!(names.contains(&"rate-from") && names.contains(&"rate-to"), "{names:?}");
+}
+
+/// Everything of the host that could have been changed.
+fn inventory(node: &Namespace) -> String {
+    let settings = "find /proc/sys/net -type f -readable ! -name 'stable_secret' ! -name 'flush' ! -path '*/vswitch0*' ! -path '*nf_conntrack_count*' -exec sh -c 'for f; do echo \"$f $(cat $f 2>/dev/null)\"; done' _ {} + | sort";
+    let parts: [&[&str]; 8] = [
+        &["ip", "-d", "link", "show"],
+        &["ip", "addr", "show"],
+        &["ip", "route", "show", "table", "all"],
+        &["ip", "-6", "route", "show", "table", "all"],
+        &["ip", "rule", "show"],
+        &["nft", "list", "ruleset"],
+        &["bridge", "fdb", "show"],
+        &["sh", "-c", settings],
+    ];
+    let volatile = |line: &&str| {
+        !line.contains("valid_lft") && !line.contains("prog/xdp") && !line.contains("expires") && !line.contains("vsw")
+    };
+    let text: String = parts.iter().map(|part| node.run(20, part).unwrap() + "\n").collect();
+    text.lines().filter(volatile).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn nothing_of_the_host_is_changed_after_stop() {
+    let Some(mut bench) = bench("inv2") else { return };
+    let lab = &mut bench.lab;
+    let (node, internet) = (lab.namespace("node").unwrap(), lab.namespace("internet").unwrap());
+    lab.wire([(&node, "wire", &["192.0.2.1/24", "2001:db8::1/64"]), (&internet, "wire", &["192.0.2.9/24"])], 1500)
+        .unwrap();
+    // Somebody else's rules, which are none of ours.
+    node.run(5, &["nft", "add table inet mine; add chain inet mine c { type filter hook forward priority 0; }"])
+        .unwrap();
+    lab::wait_for(5, || !node.run(5, &["ip", "addr"]).unwrap().contains("tentative")).unwrap();
+    let before = inventory(&node);
+    assert!(before.contains("ip_forward 0") && before.contains("table inet mine"), "the list is of this namespace");
+    let mut daemon = lab.daemon(&node, "node", CONFIG).unwrap();
+    let (pod, _) = add_pod(lab, &daemon, "pod");
+    let during = inventory(&node);
+    assert!(during.contains("ip_forward 1"), "there is something to take back");
+    assert!(node.run(5, &["nft", "list", "ruleset"]).unwrap().contains("masquerade"));
+    daemon.kill();
+    daemon.start().unwrap();
+    lab.delete(&pod).unwrap();
+    lab::wait_for(5, || daemon.ctl(&["status"]).unwrap()["ports"] == 0).unwrap();
+    assert!(daemon.stop());
+    let difference = |one: &str, other: &str| -> Vec<String> {
+        one.lines().filter(|line| !other.lines().any(|also| also == *line)).map(str::to_owned).collect()
+    };
+    let after = inventory(&node);
+    assert_eq!((difference(&before, &after), difference(&after, &before)), (vec![], vec![]));
+}

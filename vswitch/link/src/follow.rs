@@ -1,0 +1,294 @@
+//! What others write into the kernel's tables: routes of routing daemons, forwarding entries of VXLAN devices.
+//!
+//! First comes what is there ([`Kernel::kernel_routes`], [`Kernel::forwarding`]), then what changes ([`Follower`]). A
+//! follower that falls behind is told so ([`News::Lost`]), and whoever listens reads everything anew.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use futures_util::{StreamExt, TryStreamExt};
+use ipnet::IpNet;
+use netlink_packet_core::NetlinkPayload;
+use rtnetlink::MulticastGroup;
+use rtnetlink::packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteNextHopFlags, RouteType, RouteVia,
+};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::sys::AsyncSocket;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use vswitch_net::MacAddr;
+
+use crate::underlay::Route;
+use crate::{Kernel, LinkError, refused};
+
+/// Room for news that come faster than they are read, bytes.
+const RECEIVE_BUFFER: usize = 16 << 20;
+
+/// News that may wait to be read.
+const QUEUE: usize = 65_536;
+
+/// A route in a table of the kernel's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelRoute {
+    /// Its table.
+    pub table: u32,
+    /// Who made it (`rtm_protocol`).
+    pub protocol: u8,
+    /// Lower wins.
+    pub priority: u32,
+    /// Destination.
+    pub prefix: IpNet,
+    /// Next hops; empty for a route that leads nowhere (blackhole, unreachable, ...).
+    pub next_hops: Vec<Route>,
+}
+
+/// An entry of a forwarding table (`bridge fdb`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forwarding {
+    /// The device.
+    pub ifindex: u32,
+    /// The station; all zeros for what floods.
+    pub mac: MacAddr,
+    /// The VTEP behind which it is; none for what is not in a VXLAN device's own table.
+    pub vtep: Option<IpAddr>,
+}
+
+/// A change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum News {
+    /// A route came (true) or went.
+    Route(KernelRoute, bool),
+    /// A forwarding entry came (true) or went.
+    Forwarding(Forwarding, bool),
+    /// Something happened that was not heard.
+    Lost,
+}
+
+/// Hears of changes. Stops when dropped.
+#[derive(Debug)]
+pub struct Follower {
+    news: mpsc::Receiver<News>,
+    /// True if news did not fit the queue.
+    is_behind: Arc<AtomicBool>,
+    tasks: [JoinHandle<()>; 2],
+}
+
+impl Follower {
+    /// Listens in the namespace of the calling thread. Call it within a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Open`].
+    pub fn here() -> Result<Follower, LinkError> {
+        let groups = [MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route, MulticastGroup::Neigh];
+        let (mut connection, _, mut messages) =
+            rtnetlink::new_multicast_connection(&groups).map_err(LinkError::Open)?;
+        // As much as the system allows; less only means that more is read anew.
+        let _ = connection.socket_mut().socket_mut().set_rx_buf_sz(RECEIVE_BUFFER);
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let is_behind = Arc::new(AtomicBool::new(false));
+        let flag = is_behind.clone();
+        let listen = async move {
+            while let Some((message, _)) = messages.next().await {
+                // Relaxed: the flag guards nothing but itself; it is read after the queue was emptied.
+                if let Some(news) = news(message.payload)
+                    && sender.try_send(news).is_err()
+                {
+                    flag.store(true, Ordering::Relaxed);
+                }
+            }
+        };
+        Ok(Follower { news: receiver, is_behind, tasks: [tokio::spawn(connection), tokio::spawn(listen)] })
+    }
+
+    /// The next change; none if there will be no more.
+    pub async fn next(&mut self) -> Option<News> {
+        match self.try_next() {
+            Some(news) => Some(news),
+            None => self.news.recv().await,
+        }
+    }
+
+    /// A change that is there already.
+    pub fn try_next(&mut self) -> Option<News> {
+        match self.news.try_recv() {
+            Ok(news) => Some(news),
+            Err(_) => self.is_behind.swap(false, Ordering::Relaxed).then_some(News::Lost),
+        }
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl Kernel {
+    /// All unicast routes of all tables.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn kernel_routes(&self) -> Result<Vec<KernelRoute>, LinkError> {
+        let mut routes = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut all = RouteMessage::default();
+            all.header.address_family = family;
+            let mut stream = self.handle.route().get(all).execute();
+            while let Some(message) = stream.try_next().await.map_err(|error| refused("list routes", error))? {
+                routes.extend(kernel_route(&message));
+            }
+        }
+        Ok(routes)
+    }
+
+    /// The forwarding tables of all bridges and VXLAN devices.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn forwarding(&self) -> Result<Vec<Forwarding>, LinkError> {
+        let mut stream = self.handle.neighbours().get().set_address_family(AddressFamily::Bridge).execute();
+        let mut entries = Vec::new();
+        while let Some(message) = stream.try_next().await.map_err(|error| refused("list forwarding entries", error))? {
+            entries.extend(forwarding(&message));
+        }
+        Ok(entries)
+    }
+
+    /// Tells the bridge of `ifindex`, one of its ports, that a station is behind that port. Tell it again before the
+    /// bridge forgets (five minutes).
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn add_forwarding(&self, ifindex: u32, mac: MacAddr) -> Result<(), LinkError> {
+        self.handle
+            .neighbours()
+            .add_bridge(ifindex, &mac.0)
+            .state(NeighbourState::Reachable)
+            .flags(NeighbourFlags::Controller)
+            .replace()
+            .execute()
+            .await
+            .map_err(|error| refused(format!("tell the bridge of station {mac}"), error))
+    }
+
+    /// Takes a station away again. It is fine if the bridge has forgotten it, or has it elsewhere.
+    pub async fn remove_forwarding(&self, ifindex: u32, mac: MacAddr) {
+        let mut message = NeighbourMessage::default();
+        message.header.family = AddressFamily::Bridge;
+        message.header.ifindex = ifindex;
+        message.header.flags = NeighbourFlags::Controller;
+        message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
+        let _ = self.handle.neighbours().del(message).execute().await;
+    }
+}
+
+fn news(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<News> {
+    match payload {
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(message)) => {
+            kernel_route(&message).map(|route| News::Route(route, true))
+        }
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(message)) => {
+            kernel_route(&message).map(|route| News::Route(route, false))
+        }
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNeighbour(message)) => {
+            forwarding(&message).map(|entry| News::Forwarding(entry, true))
+        }
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelNeighbour(message)) => {
+            forwarding(&message).map(|entry| News::Forwarding(entry, false))
+        }
+        NetlinkPayload::Overrun(_) => Some(News::Lost),
+        _ => None,
+    }
+}
+
+/// A route as far as it is of interest; none for local and multicast ones and those of the routing cache.
+fn kernel_route(message: &RouteMessage) -> Option<KernelRoute> {
+    use rtnetlink::packet_route::route::RouteFlags;
+    let is_v6 = message.header.address_family == AddressFamily::Inet6;
+    let is_of_interest = matches!(
+        message.header.kind,
+        RouteType::Unicast | RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit
+    );
+    if !is_of_interest || message.header.flags.contains(RouteFlags::Cloned) {
+        return None;
+    }
+    let mut address: IpAddr =
+        if is_v6 { std::net::Ipv6Addr::UNSPECIFIED.into() } else { std::net::Ipv4Addr::UNSPECIFIED.into() };
+    let (mut table, mut priority) = (u32::from(message.header.table), 0);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(v4)) => address = (*v4).into(),
+            RouteAttribute::Destination(RouteAddress::Inet6(v6)) => address = (*v6).into(),
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::Priority(number) => priority = *number,
+            _ => {}
+        }
+    }
+    let next_hops = if message.header.kind == RouteType::Unicast { next_hops(message) } else { Vec::new() };
+    let prefix = IpNet::new(address, message.header.destination_prefix_length).ok()?.trunc();
+    Some(KernelRoute { table, protocol: message.header.protocol.into(), priority, prefix, next_hops })
+}
+
+/// The next hops of a route, those left out whose link is known to be dead.
+pub(crate) fn next_hops(message: &RouteMessage) -> Vec<Route> {
+    let mut hops = Vec::new();
+    let single = next_hop(&message.attributes, 0);
+    hops.extend((single.ifindex != 0).then_some(single));
+    for attribute in &message.attributes {
+        if let RouteAttribute::MultiPath(many) = attribute {
+            let is_dead = RouteNextHopFlags::Dead | RouteNextHopFlags::Linkdown;
+            let alive = many.iter().filter(|hop| !hop.flags.intersects(is_dead));
+            hops.extend(alive.map(|hop| next_hop(&hop.attributes, hop.interface_index)));
+        }
+    }
+    hops
+}
+
+fn next_hop(attributes: &[RouteAttribute], ifindex: u32) -> Route {
+    let mut hop = Route { ifindex, gateway: None };
+    for attribute in attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => hop.ifindex = *index,
+            RouteAttribute::Gateway(RouteAddress::Inet(v4)) | RouteAttribute::Via(RouteVia::Inet(v4)) => {
+                hop.gateway = Some((*v4).into());
+            }
+            RouteAttribute::Gateway(RouteAddress::Inet6(v6)) | RouteAttribute::Via(RouteVia::Inet6(v6)) => {
+                hop.gateway = Some((*v6).into());
+            }
+            _ => {}
+        }
+    }
+    hop
+}
+
+fn forwarding(message: &NeighbourMessage) -> Option<Forwarding> {
+    if message.header.family != AddressFamily::Bridge {
+        return None;
+    }
+    let (mut mac, mut vtep) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(MacAddr);
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => vtep = Some(IpAddr::V4(*v4)),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => vtep = Some(IpAddr::V6(*v6)),
+            // The crate knows no family for a bridge's entries, and gives the bytes.
+            NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
+                let v4 = <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from);
+                vtep = v4.or_else(|| <[u8; 16]>::try_from(bytes.as_slice()).ok().map(IpAddr::from));
+            }
+            _ => {}
+        }
+    }
+    Some(Forwarding { ifindex: message.header.ifindex, mac: mac?, vtep })
+}

@@ -1,0 +1,247 @@
+//! The kernel's tables as others write them: routes of routing daemons, forwarding entries of VXLAN devices.
+//!
+//! What there is comes first and whole, then changes one by one. When changes were lost, everything is read again and
+//! compared. The other way, stations here are told to the bridge that a followed device belongs to, at a port of ours
+//! there, so that the routing daemon finds them where it looks for stations.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use tracing::{debug, info};
+use vswitch_control::Control;
+use vswitch_link::{Forwarding, HOST_PROTOCOL, Kernel, KernelRoute, LinkError, LinkState, News};
+use vswitch_net::{MacAddr, NetworkIndex};
+
+use crate::config::Routes;
+
+/// The bridge forgets a station that is not told again within five minutes.
+const TELL_EVERY_NS: u64 = 60_000_000_000;
+
+/// What is followed, as far as it is known.
+#[derive(Debug, Default)]
+pub(crate) struct Followed {
+    /// For each prefix, the candidates: by priority and protocol.
+    routes: HashMap<IpNet, BTreeMap<(u32, u8), IpAddr>>,
+    devices: BTreeMap<NetworkIndex, Device>,
+    /// Links that are uplinks, by index.
+    uplinks: Vec<u32>,
+}
+
+/// A followed VXLAN device.
+#[derive(Debug, Default)]
+struct Device {
+    ifindex: u32,
+    stations: HashMap<MacAddr, IpAddr>,
+    flood: HashSet<IpAddr>,
+    /// Our port of the bridge, once made.
+    face: Option<u32>,
+    /// Stations that the bridge was told of, and when.
+    told: HashMap<MacAddr, u64>,
+}
+
+impl Followed {
+    /// Reads everything anew.
+    pub(crate) async fn read(
+        &mut self,
+        kernel: &Kernel,
+        config: &Routes,
+        control: &std::cell::RefCell<Control>,
+    ) -> Result<(), LinkError> {
+        if config.is_importing() {
+            let mut routes: HashMap<IpNet, BTreeMap<(u32, u8), IpAddr>> = HashMap::new();
+            for route in kernel.kernel_routes().await? {
+                if let Some(gateway) = self.gateway_of(&route, config) {
+                    routes.entry(route.prefix).or_default().insert((route.priority, route.protocol), gateway);
+                }
+            }
+            let mut control = control.borrow_mut();
+            for prefix in self.routes.keys().filter(|prefix| !routes.contains_key(*prefix)) {
+                control.import_route(*prefix, None);
+            }
+            for (prefix, candidates) in &routes {
+                control.import_route(*prefix, candidates.values().next().copied());
+            }
+            self.routes = routes;
+            control.forget_unused_peers();
+        }
+        if !self.devices.is_empty() {
+            let entries = kernel.forwarding().await?;
+            let mut control = control.borrow_mut();
+            for (&network, device) in &mut self.devices {
+                let ifindex = device.ifindex;
+                let of_device = entries.iter().filter(|entry| entry.ifindex == ifindex);
+                device.replace(network, of_device, &mut control);
+            }
+            control.forget_unused_peers();
+        }
+        Ok(())
+    }
+
+    /// Takes a change in.
+    pub(crate) fn hear(&mut self, news: News, config: &Routes, control: &mut Control) {
+        match news {
+            News::Route(route, is_there) if config.is_importing() => {
+                let key = (route.priority, route.protocol);
+                let candidates = match self.gateway_of(&route, config).filter(|_| is_there) {
+                    Some(gateway) => {
+                        let candidates = self.routes.entry(route.prefix).or_default();
+                        candidates.insert(key, gateway);
+                        candidates
+                    }
+                    None => {
+                        let Some(candidates) = self.routes.get_mut(&route.prefix) else { return };
+                        if route.table != config.table || candidates.remove(&key).is_none() {
+                            return;
+                        }
+                        candidates
+                    }
+                };
+                let best = candidates.values().next().copied();
+                if best.is_none() {
+                    self.routes.remove(&route.prefix);
+                }
+                control.import_route(route.prefix, best);
+            }
+            News::Forwarding(entry, is_there) => {
+                let device = self.devices.iter_mut().find(|(_, device)| device.ifindex == entry.ifindex);
+                if let (Some((&network, device)), Some(vtep)) = (device, entry.vtep) {
+                    device.hear(network, entry.mac, vtep, is_there, control);
+                }
+            }
+            News::Route(..) | News::Lost => {}
+        }
+    }
+
+    /// Brings devices and uplinks up to date with the links there are. True if everything must be read anew.
+    pub(crate) fn look(&mut self, all: &[LinkState], uplinks: &[u32], control: &Control) -> bool {
+        let wanted = control.followers();
+        let mut is_new = self.uplinks != uplinks;
+        self.uplinks = uplinks.to_vec();
+        self.devices.retain(|network, _| wanted.iter().any(|(other, _)| other == network));
+        for (network, name) in wanted {
+            let ifindex = all.iter().find(|link| link.name == name).map_or(0, |link| link.ifindex);
+            let device = self.devices.entry(network).or_default();
+            if device.ifindex != ifindex {
+                info!("network #{} follows {name} ({ifindex})", network.0);
+                device.ifindex = ifindex;
+                is_new = true;
+            }
+        }
+        is_new
+    }
+
+    /// Tells each device's bridge of the stations here.
+    pub(crate) async fn tell(
+        &mut self,
+        kernel: &Kernel,
+        all: &[LinkState],
+        now_ns: u64,
+        control: &std::cell::RefCell<Control>,
+    ) -> Result<(), LinkError> {
+        for (&network, device) in &mut self.devices {
+            let Some(link) = all.iter().find(|link| link.ifindex == device.ifindex) else { continue };
+            let Some(bridge) = link.master else { continue };
+            let name = format!("vsw-evpn{}", network.0);
+            let face = match all.iter().find(|link| link.name == name) {
+                Some(face) if face.master == Some(bridge) => face.ifindex,
+                _ => kernel.create_bridge_face(&name, bridge).await?,
+            };
+            if device.face != Some(face) {
+                device.told.clear();
+                device.face = Some(face);
+            }
+            let stations: HashSet<MacAddr> =
+                control.borrow().local_stations(network).into_iter().map(|(mac, _)| mac).collect();
+            let gone: Vec<MacAddr> = device.told.keys().filter(|mac| !stations.contains(mac)).copied().collect();
+            for mac in gone {
+                kernel.remove_forwarding(face, mac).await;
+                device.told.remove(&mac);
+            }
+            for mac in stations {
+                let is_due = device.told.get(&mac).is_none_or(|told| now_ns.saturating_sub(*told) >= TELL_EVERY_NS);
+                if is_due {
+                    kernel.add_forwarding(face, mac).await?;
+                    device.told.insert(mac, now_ns);
+                    debug!("the bridge of network #{} was told of {mac}", network.0);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes our ports of bridges away.
+    pub(crate) async fn remove(&self, kernel: &Kernel) {
+        for network in self.devices.keys() {
+            let _ = kernel.delete_link(&format!("vsw-evpn{}", network.0)).await;
+        }
+    }
+
+    /// True if there is anything to follow.
+    pub(crate) fn is_needed(config: &Routes, control: &Control) -> bool {
+        config.is_importing() || !control.followers().is_empty()
+    }
+
+    /// The gateway of a route that is to be followed: of the table, by a routing daemon, out of an uplink.
+    fn gateway_of(&self, route: &KernelRoute, config: &Routes) -> Option<IpAddr> {
+        let is_wanted = route.table == config.table
+            && route.protocol != HOST_PROTOCOL
+            && config.protocols.contains(&route.protocol);
+        let by_uplink = |hop: &&vswitch_link::Route| self.uplinks.contains(&hop.ifindex);
+        is_wanted.then(|| route.next_hops.iter().find(by_uplink)?.gateway).flatten()
+    }
+}
+
+impl Device {
+    fn hear(&mut self, network: NetworkIndex, mac: MacAddr, vtep: IpAddr, is_there: bool, control: &mut Control) {
+        if mac.is_zero() {
+            let is_new = if is_there { self.flood.insert(vtep) } else { self.flood.remove(&vtep) };
+            if is_new {
+                control.follow_flood(network, vtep, is_there);
+            }
+        } else if is_there {
+            self.stations.insert(mac, vtep);
+            // Said again after a move here that was not one: so it is always passed on.
+            control.follow_station(network, mac, Some(vtep));
+        } else if self.stations.get(&mac) == Some(&vtep) {
+            self.stations.remove(&mac);
+            control.follow_station(network, mac, None);
+        }
+    }
+
+    fn replace<'a>(
+        &mut self,
+        network: NetworkIndex,
+        entries: impl Iterator<Item = &'a Forwarding>,
+        control: &mut Control,
+    ) {
+        let (mut stations, mut flood) = (HashMap::new(), HashSet::new());
+        for entry in entries {
+            match entry.vtep {
+                Some(vtep) if entry.mac.is_zero() => {
+                    flood.insert(vtep);
+                }
+                Some(vtep) => {
+                    stations.insert(entry.mac, vtep);
+                }
+                None => {}
+            }
+        }
+        for mac in self.stations.keys().filter(|mac| !stations.contains_key(*mac)) {
+            control.follow_station(network, *mac, None);
+        }
+        for (mac, vtep) in &stations {
+            if self.stations.get(mac) != Some(vtep) {
+                control.follow_station(network, *mac, Some(*vtep));
+            }
+        }
+        for vtep in self.flood.difference(&flood) {
+            control.follow_flood(network, *vtep, false);
+        }
+        for vtep in flood.difference(&self.flood) {
+            control.follow_flood(network, *vtep, true);
+        }
+        self.stations = stations;
+        self.flood = flood;
+    }
+}
