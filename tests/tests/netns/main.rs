@@ -11,12 +11,15 @@ mod cni;
 mod evpn;
 mod flannel;
 mod host;
+mod icmp;
 mod kernel_peer;
 mod load;
 mod outside;
 mod podman;
 mod restart;
+mod scale;
 mod throughput;
+mod underlay;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -187,6 +187,10 @@ fn rates_of_the_bandwidth_capability_hold() {
         // The burst lets more through at first.
         assert!((rate * 0.7..rate * 1.4).contains(&got), "{got} of {rate}");
     }
+    // What is far beyond a rate is dropped, both ways.
+    for more in [&[][..], &["-R"][..]] {
+        node.iperf3("10.244.1.3", 1, &[&["-u", "-b", "200M"], more].concat()).unwrap();
+    }
     let drops = daemon.ctl(&["drops"]).unwrap();
     let names: Vec<&str> =
         drops["drops"].as_array().unwrap().iter().filter_map(|drop| drop["reason"].as_str()).collect();

@@ -26,6 +26,8 @@ struct Demo {
     /// Pods and their addresses, two a node.
     pods: Vec<(Namespace, Vec<String>)>,
     lines: Vec<Line>,
+    /// A namespace that knows the nodes and nothing else.
+    internet: Namespace,
 }
 
 /// Runs the demo. True if every line holds.
@@ -41,8 +43,10 @@ pub(crate) fn run(keep: bool, as_json: bool) -> anyhow::Result<bool> {
     demo.check_tcp();
     demo.check_http();
     demo.check_underlay();
+    demo.check_outside();
+    demo.check_sizes();
     demo.check_switchctl();
-    let Demo { lab, mut daemons, pods, mut lines } = demo;
+    let Demo { lab, mut daemons, pods, mut lines, .. } = demo;
     if keep {
         print(&lines, as_json);
         explain(&daemons, &pods);
@@ -93,7 +97,8 @@ impl Demo {
             lab::wait_for(10, || daemon.ctl(&["status"]).is_ok_and(|status| status["peers_reachable"] == 1))
                 .context("the peers do not become reachable")?;
         }
-        Ok(Demo { lab, daemons, pods, lines: Vec::new() })
+        let internet = internet(&mut lab, &nodes[0])?;
+        Ok(Demo { lab, daemons, pods, lines: Vec::new(), internet })
     }
 
     /// The pod to test from, and the ones to test to: on its node, and on the other.
@@ -143,6 +148,46 @@ impl Demo {
             _ => Err(anyhow::anyhow!("no iperf3 server")),
         };
         self.measured("node to node, not VXLAN: TCP", rate.map(|bits| format!("{:.2} Gbit/s", bits / 1e9)));
+    }
+
+    /// The host's stack, and the world behind it.
+    fn check_outside(&mut self) {
+        let (pod, addresses) = self.pods[0].clone();
+        let node = self.daemons[0].node.clone();
+        let probe = addresses.iter().all(|address| node.pings(address, 20, 5));
+        self.line("host to pod: ping", probe, format!("20 of 20 to {}", addresses.join(" and ")));
+        let host = ["10.244.1.1", "192.0.2.1"];
+        let is_ok = host.iter().all(|address| pod.pings(address, 20, 5));
+        self.line("pod to host: ping", is_ok, format!("20 of 20 to {}", host.join(" and ")));
+        let internet = self.internet.clone();
+        let seen = serve_addresses(&mut self.lab, &internet).and_then(|()| ask_address(&pod, "198.51.100.1"));
+        let seen = seen.and_then(|seen| match seen.as_str() {
+            "203.0.113.1" => Ok("the answer came back, and the node's 203.0.113.1 was seen as the caller".to_owned()),
+            other => bail!("seen as {other} and not as the node"),
+        });
+        self.measured("pod to internet, source NAT and back", seen);
+    }
+
+    /// Paths and sizes.
+    fn check_sizes(&mut self) {
+        let (pod, _) = self.pods[0].clone();
+        let (far, addresses) = self.pods[2].clone();
+        let hops = pod.run(20, &["traceroute", "-n", "-q", "1", "-w", "2", &addresses[0]]).map(|text| {
+            let hop = |line: &str| line.split_whitespace().nth(1).unwrap_or("*").to_owned();
+            text.lines().skip(1).map(hop).collect::<Vec<_>>().join(" ")
+        });
+        let is_ok = hops.as_ref().is_ok_and(|hops| *hops == format!("10.244.1.1 10.244.2.1 {}", addresses[0]));
+        self.line("traceroute through both nodes", is_ok, hops.unwrap_or_else(|error| format!("{error:#}")));
+        let served = echo_datagrams(&mut self.lab, &far);
+        for size in [9_000, 60_000] {
+            let sent = match &served {
+                Ok(()) => send_datagrams(&pod, &addresses, size),
+                Err(error) => Err(anyhow::anyhow!("{error:#}")),
+            };
+            self.measured(format!("UDP datagram of {size} bytes across the wire"), sent);
+        }
+        let found = discover(&pod, &addresses[0]);
+        self.measured("path MTU discovery with DF", found);
     }
 
     fn check_switchctl(&mut self) {
@@ -200,9 +245,13 @@ umem_frames = 16384
 [uplink]
 link = "wire"
 
+[host]
+network = "pods"
+
 [[network]]
 name = "pods"
 vni = 1
+subnets = ["10.244.0.0/16", "fd00:10:244::/48"]
 ranges = ["10.244.{node}.0/24", "fd00:10:244:{node}::/64"]
 
 [[peer]]
@@ -221,6 +270,73 @@ peer = "node{other}"
 "#,
         core = (node - 1) % std::thread::available_parallelism().map_or(1, usize::from)
     )
+}
+
+/// Beyond the first node: it knows the node's address on their common link, and no pod.
+fn internet(lab: &mut Lab, node: &Namespace) -> anyhow::Result<Namespace> {
+    let internet = lab.namespace("internet")?;
+    lab.wire([(node, "world", &["203.0.113.1/24"]), (&internet, "world", &["203.0.113.9/24"])], 1500)?;
+    internet.ip("addr add 198.51.100.1/32 dev lo")?;
+    node.ip("route add default via 203.0.113.9")?;
+    Ok(internet)
+}
+
+/// A server that tells each caller its address.
+fn serve_addresses(lab: &mut Lab, at: &Namespace) -> anyhow::Result<()> {
+    let program = "import socketserver
+class H(socketserver.BaseRequestHandler):
+    def handle(self): self.request.sendall(self.client_address[0].encode())
+socketserver.TCPServer(('0.0.0.0', 7), H).serve_forever()";
+    lab.spawn(at, &["/usr/bin/python3", "-c", program])?;
+    if is_listening(at, 7) { Ok(()) } else { bail!("no server in {}", at.name) }
+}
+
+fn ask_address(from: &Namespace, server: &str) -> anyhow::Result<String> {
+    let program = "import socket, sys; print(socket.create_connection((sys.argv[1], 7), 3).recv(99).decode())";
+    Ok(from.run(5, &["/usr/bin/python3", "-c", program, server])?.trim().to_owned())
+}
+
+/// A server that sends datagrams back.
+fn echo_datagrams(lab: &mut Lab, at: &Namespace) -> anyhow::Result<()> {
+    let program = "import socket
+s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+s.bind(('::', 7))
+while True:
+    data, peer = s.recvfrom(65535)
+    s.sendto(data, peer)";
+    lab.spawn(at, &["/usr/bin/python3", "-c", program])?;
+    let listening = || at.run(5, &["ss", "-Hlun"]).is_ok_and(|text| text.contains(":7 "));
+    lab::wait_for(5, listening).context("no echo server")
+}
+
+/// A datagram there and back, by each family.
+fn send_datagrams(from: &Namespace, addresses: &[String], size: usize) -> anyhow::Result<String> {
+    let program = "import socket, sys
+size = int(sys.argv[1])
+data = bytes(i * 31 % 251 for i in range(size))
+for to in sys.argv[2:]:
+    s = socket.socket(socket.AF_INET6 if ':' in to else socket.AF_INET, socket.SOCK_DGRAM)
+    s.settimeout(3)
+    s.sendto(data, (to, 7))
+    assert s.recv(65535) == data, to";
+    let size = size.to_string();
+    let mut command = vec!["/usr/bin/python3", "-c", program, &size];
+    command.extend(addresses.iter().map(String::as_str));
+    from.run(10, &command)?;
+    Ok("came back as sent, IPv4 and IPv6".to_owned())
+}
+
+/// A route without MTU, so that only the switch can tell what fits.
+fn discover(from: &Namespace, address: &str) -> anyhow::Result<String> {
+    from.ip(&format!("route add {address}/32 via 169.254.1.1 dev eth0"))?;
+    let ping =
+        |size: &str| from.command(&["ping", "-n", "-M", "do", "-s", size, "-c", "1", "-W", "2", address]).output();
+    let told = String::from_utf8_lossy(&ping("4000")?.stdout).into_owned();
+    let line = told.lines().find(|line| line.contains("needed")).unwrap_or_default().trim().to_owned();
+    let mtu: u32 = line.rsplit(' ').next().and_then(|end| end.trim_end_matches(')').parse().ok()).unwrap_or(0);
+    let fits = mtu > 28 && ping(&(mtu - 28).to_string())?.status.success();
+    from.ip(&format!("route del {address}/32"))?;
+    if fits { Ok(line) } else { bail!("told \"{line}\", and what should fit does not") }
 }
 
 /// A megabyte from a server in a pod, compared byte by byte.

@@ -1,0 +1,93 @@
+//! A hundred thousand routes and stations that others wrote into the kernel.
+
+use std::fmt::Write;
+use std::process::Stdio;
+use std::time::Instant;
+
+use xtask::lab::{self, Namespace};
+
+use crate::{add_pod, bench};
+
+const MANY: usize = 100_000;
+
+/// Runs a batch of `ip` or `bridge` commands.
+fn batch(node: &Namespace, program: &str, commands: &str) {
+    let mut child = node.command(&[program, "-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), commands.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+#[expect(clippy::disallowed_methods, reason = "the time that it takes is printed")]
+#[test]
+fn a_hundred_thousand_routes_and_stations_are_followed() {
+    let Some(mut bench) = bench("scale") else { return };
+    let lab = &mut bench.lab;
+    let (node, other) = (lab.namespace("node").unwrap(), lab.namespace("other").unwrap());
+    lab.wire([(&node, "wire", &["192.0.2.1/24"]), (&other, "wire", &["192.0.2.2/24"])], 1500).unwrap();
+    node.ip("link add vx9 type vxlan id 9 local 192.0.2.1 dstport 4789 nolearning").unwrap();
+    node.ip("link set vx9 up").unwrap();
+    let config = r#"
+[uplink]
+link = "wire"
+[host]
+network = "pods"
+[routes]
+import = "kernel"
+[[network]]
+name = "pods"
+vni = 1
+subnets = ["10.0.0.0/8"]
+ranges = ["10.255.1.0/24"]
+[[network]]
+name = "lan"
+vni = 9
+mode = "bridged"
+follow = "vx9"
+"#;
+    let mut daemon = lab.daemon(&node, "node", config).unwrap();
+    let (pod, _) = add_pod(lab, &daemon, "pod");
+    let idle = daemon.memory();
+    let (mut routes, mut stations) = (String::new(), String::new());
+    for number in 0..MANY {
+        let (a, b, c) = (number >> 16, number >> 8 & 255, number & 255);
+        writeln!(routes, "route add 10.{}.{b}.{c}/32 via 192.0.2.2 dev wire proto bird", a + 1).unwrap();
+        writeln!(stations, "fdb add 02:00:00:{a:02x}:{b:02x}:{c:02x} dev vx9 dst 192.0.2.2 self extern_learn").unwrap();
+    }
+    let count = |name: &str, what: &str| {
+        let networks = daemon.ctl(&["network", "list"]).unwrap();
+        let network = networks["networks"].as_array().unwrap().iter().find(|network| network["name"] == name).cloned();
+        network.and_then(|network| network[what].as_u64()).unwrap_or(0) as usize
+    };
+    let start = Instant::now();
+    batch(&node, "ip", &routes);
+    let written = start.elapsed();
+    lab::wait_for(60, || count("pods", "routes") == MANY).unwrap();
+    println!("{MANY} routes: written in {written:.1?}, usable {:.1?} after the last", start.elapsed() - written);
+    let start = Instant::now();
+    batch(&node, "bridge", &stations);
+    let written = start.elapsed();
+    lab::wait_for(60, || count("lan", "stations") == MANY).unwrap();
+    println!("{MANY} stations: written in {written:.1?}, usable {:.1?} after the last", start.elapsed() - written);
+    println!("daemon {} MiB resident, {} MiB before", daemon.memory() >> 20, idle >> 20);
+    // The last route works: the far end sees the packet, as it is, at its own MAC.
+    let last = format!("10.{}.{}.{}", ((MANY - 1) >> 16) + 1, (MANY - 1) >> 8 & 255, (MANY - 1) & 255);
+    other.ip(&format!("addr add {last}/32 dev lo")).unwrap();
+    other.ip("route add 10.255.1.0/24 via 192.0.2.1").unwrap();
+    pod.await_ping(&last).unwrap();
+    // A daemon that starts finds them all.
+    assert!(daemon.stop());
+    let start = Instant::now();
+    daemon.start().unwrap();
+    let count = |name: &str, what: &str| {
+        let networks = daemon.ctl(&["network", "list"]).unwrap();
+        let network = networks["networks"].as_array().unwrap().iter().find(|network| network["name"] == name).cloned();
+        network.and_then(|network| network[what].as_u64()).unwrap_or(0) as usize
+    };
+    lab::wait_for(60, || count("pods", "routes") == MANY && count("lan", "stations") == MANY).unwrap();
+    println!("after a restart all were usable within {:.1?} of its start", start.elapsed());
+    // And lets go of them as fast.
+    let start = Instant::now();
+    node.ip("route flush proto bird").unwrap();
+    lab::wait_for(60, || count("pods", "routes") == 0).unwrap();
+    println!("all routes gone {:.1?} after `ip route flush`", start.elapsed());
+}
