@@ -133,9 +133,9 @@ fn snapshot() -> Snapshot {
     let access = |number: usize| {
         let address: IpAddr = Ipv4Addr::new(10, 1, 0, number as u8).into();
         let access = Access::new(NETWORK, MACS[number], vec![address], SenderCheck::Full);
-        Some(Arc::new(Port { mtu: 65_000, kind: PortKind::Access(access), limits: None }))
+        Some(Arc::new(Port::new(65_000, PortKind::Access(access))))
     };
-    let uplink = Port { mtu: 1500, kind: PortKind::Uplink(MACS[0]), limits: None };
+    let uplink = Port::new(1500, PortKind::Uplink(MACS[0]));
     let gateway = Gateway { mac: GATEWAY_MAC, v4: GATEWAY_V4, v6: GATEWAY_V6 };
     let network = Network {
         vni: vni(),
@@ -144,6 +144,7 @@ fn snapshot() -> Snapshot {
         router_v6: None,
         mss: None,
         is_transparent: false,
+        multicast_routers: None,
         ports: vec![POD, OTHER_POD],
         flood_peers: Vec::new(),
     };

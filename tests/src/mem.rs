@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use vswitch_api::{Answer, ApiError, PortInfo, PortSpec, Request};
 use vswitch_control::{
-    Attached, Backend, Control, ControlConfig, FlowSample, NextHop, UPLINK_PORT, UplinkState, WorkerSample,
+    Attached, Backend, Control, ControlConfig, FlowSample, NextHop, Own, OwnWay, UPLINK_PORT, UplinkState, WorkerSample,
 };
 use vswitch_dataplane::{Counters, DropReason, PortIo, Snapshot, Worker, WorkerConfig};
 use vswitch_net::{MacAddr, PortId, checksum};
@@ -244,6 +244,13 @@ impl Switch {
     fn publish(&mut self) {
         if let Some(snapshot) = self.control.take_snapshot() {
             self.snapshot = snapshot;
+        }
+        for Own { way, bytes } in self.control.take_own() {
+            let worker = &mut self.backend.worker;
+            match way {
+                OwnWay::Flood { network, from } => worker.originate(self.now_ns, &self.snapshot, network, from, &bytes),
+                OwnWay::Port(port) => worker.originate_by(self.now_ns, &self.snapshot, port, &bytes),
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Instant;
 
-use vswitch_control::{Attached, Backend, FlowSample, MAX_UPLINKS, WorkerSample};
+use vswitch_control::{Attached, Backend, FlowSample, MAX_UPLINKS, Own, WorkerSample};
 use vswitch_net::PortId;
 use vswitch_xsk::{AttachedProgram, BoundSocket, CopyMode, Role, XdpMode, XdpPreference, ZeroCopy};
 
@@ -58,6 +58,13 @@ impl Links {
             link.program.set_direct(local, cluster).map_err(|error| error.to_string())?;
         }
         Ok(())
+    }
+
+    /// Has a worker send packets of the switch's own, after the snapshot that they belong to was published.
+    pub(crate) fn send_own(&self, packets: Vec<Own>) {
+        if let (Some(worker), false) = (self.workers.first(), packets.is_empty()) {
+            worker.originate(packets);
+        }
     }
 
     /// The link index of a port.

@@ -48,6 +48,7 @@ pub(crate) struct Uplink {
     pub(crate) link: Option<String>,
     pub(crate) links: Vec<String>,
     pub(crate) vlan: Option<u16>,
+    pub(crate) gateway: Vec<IpAddr>,
     pub(crate) vtep: Vec<IpAddr>,
     pub(crate) udp_port: u16,
     pub(crate) zero_copy: ZeroCopyMode,
@@ -140,6 +141,7 @@ impl Default for Uplink {
             link: None,
             links: Vec::new(),
             vlan: None,
+            gateway: Vec::new(),
             vtep: Vec::new(),
             udp_port: vswitch_net::VXLAN_PORT,
             zero_copy: ZeroCopyMode::Auto,
@@ -255,6 +257,14 @@ impl Config {
         }
         if self.uplink.vlan.is_some_and(|vid| !(1..=4094).contains(&vid)) {
             return Err("uplink.vlan: allowed are 1 to 4094 (802.1Q)".to_owned());
+        }
+        if self.uplink.vlan.is_some() && self.uplink.vtep.is_empty() {
+            return Err(
+                "uplink.vlan: set uplink.vtep too: with a tag of our own the kernel has no address there".to_owned()
+            );
+        }
+        if self.uplink.vlan.is_none() && !self.uplink.gateway.is_empty() {
+            return Err("uplink.gateway is for uplinks with a vlan: else the kernel's routes lead to peers".to_owned());
         }
         if self.host.link.is_empty() || self.host.link.len() > 12 {
             return Err(

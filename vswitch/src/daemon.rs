@@ -126,6 +126,7 @@ fn control_config(config: &Config) -> ControlConfig {
     ControlConfig {
         udp_port: config.uplink.udp_port,
         vlan: config.uplink.vlan,
+        gateways: config.uplink.gateway.clone(),
         uplinks: config.uplink.all().cloned().collect(),
         host_network: config.host.network.clone(),
         is_importing: config.routes.is_importing(),
@@ -377,6 +378,8 @@ impl Daemon {
             }
             self.snapshot.store(snapshot);
         }
+        let own = self.control.borrow_mut().take_own();
+        self.links.borrow().send_own(own);
     }
 
     fn save(&self) {

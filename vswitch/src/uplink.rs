@@ -65,6 +65,10 @@ pub(crate) async fn refresh(
             }
         }
     }
+    if config.vlan.is_some() {
+        // The kernel has no device under the tag; the switch asks for its peers itself.
+        return Ok(all);
+    }
     let mut neighbors = Neighbors::new();
     for (.., link) in &present {
         let of_link = kernel.neighbors(link.ifindex).await?;

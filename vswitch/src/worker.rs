@@ -13,7 +13,7 @@ use arc_swap::{ArcSwap, Cache};
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use tokio::sync::Notify;
-use vswitch_control::{FlowSample, SocketSample, WorkerSample};
+use vswitch_control::{FlowSample, Own, OwnWay, SocketSample, WorkerSample};
 use vswitch_dataplane::{Event, PortIo, Snapshot, Worker, WorkerConfig};
 use vswitch_net::PortId;
 use vswitch_xsk::{Binder, BoundSocket, Closing, Packet, TxChecksum, Umem, XskSocket};
@@ -66,6 +66,7 @@ enum Command {
     Remove(PortId, Sender<Vec<(Arc<OwnedFd>, Closing)>>),
     Reclaim(Vec<Closing>),
     Sample(Sender<WorkerSample>),
+    Originate(Vec<Own>),
     Flows { since_ns: u64, limit: usize, answer: Sender<FlowSample> },
     Stop,
 }
@@ -156,6 +157,11 @@ impl WorkerHandle {
             })
             .collect();
         self.send(Command::Reclaim(closing));
+    }
+
+    /// Sends packets of the switch's own.
+    pub(crate) fn originate(&self, packets: Vec<Own>) {
+        self.send(Command::Originate(packets));
     }
 
     /// The worker's numbers.
@@ -271,6 +277,18 @@ impl WorkerThread {
             }
             Command::Reclaim(closing) => {
                 closing.into_iter().for_each(|closing| closing.reclaim(self.worker.umem_mut()));
+            }
+            Command::Originate(packets) => {
+                let now_ns = self.shared.start.elapsed().as_nanos() as u64;
+                let snapshot = self.snapshot.load();
+                for Own { way, bytes } in packets {
+                    match way {
+                        OwnWay::Flood { network, from } => {
+                            self.worker.originate(now_ns, snapshot, network, from, &bytes);
+                        }
+                        OwnWay::Port(port) => self.worker.originate_by(now_ns, snapshot, port, &bytes),
+                    }
+                }
             }
             Command::Sample(answer) => {
                 let _ = answer.send(self.sample());

@@ -7,6 +7,7 @@ mod bridged;
 mod control;
 mod floors;
 mod host;
+mod lan;
 mod oracle;
 mod ports;
 mod routed;

@@ -22,13 +22,12 @@ fn snapshot() -> Snapshot {
         router_v6: None,
         mss: None,
         is_transparent: false,
+        multicast_routers: None,
         ports: vec![PortId(0)],
         flood_peers: Vec::new(),
     };
-    let mut snapshot = Snapshot {
-        ports: vec![Some(Port { mtu: 65_000, kind: PortKind::Access(access), limits: None }.into())],
-        ..Snapshot::default()
-    };
+    let mut snapshot =
+        Snapshot { ports: vec![Some(Port::new(65_000, PortKind::Access(access)).into())], ..Snapshot::default() };
     snapshot.networks = vec![Some(network.into())];
     snapshot.underlay.udp_port = 4789;
     snapshot

@@ -48,6 +48,9 @@ fn switch(encap: &str, vlan: Option<u16>) -> (Switch, PortId) {
         follow: None,
         vlan: None,
         transparent: false,
+        neighbor_suppression: true,
+        multicast_snooping: false,
+        storm: None,
     };
     switch.ask(Request::NetworkAdd(network));
     switch.ask_json(&format!(r#"{{"op":"peer_add","name":"other","vtep":"192.0.2.2","encap":"{encap}"}}"#)).unwrap();
@@ -188,4 +191,57 @@ fn a_syn_announces_what_fits_the_wire() {
     });
     assert_eq!(mss, Some(1450 - 40));
     assert_eq!(tcp.to_header().calc_checksum_ipv4_raw([10, 1, 0, 2], [10, 2, 0, 5], &[]), Ok(tcp.checksum()));
+}
+
+/// Two switches with a tagged underlay, which nobody resolves for them.
+#[test]
+fn peers_under_a_tag_find_each_other() {
+    for (vteps, family) in [(["192.0.2.1", "192.0.2.2"], 4), (["2001:db8::1", "2001:db8::2"], 6)] {
+        let mut switches = [0, 1].map(|at| {
+            let mut switch = Switch::new();
+            switch.control = Control::new(ControlConfig { vlan: Some(100), ..ControlConfig::default() });
+            switch.backend.attach(UPLINK_PORT, "wire").unwrap();
+            let own = vteps[at];
+            let state = UplinkState {
+                v4: (family == 4).then(|| own.parse().unwrap()),
+                v6: (family == 6).then(|| own.parse().unwrap()),
+                ..uplink(at, true)
+            };
+            switch.control.set_uplink(UPLINK_PORT, Ok(state));
+            let (mine, theirs) = (at + 1, 2 - at);
+            let network = format!(r#"{{"op":"network_add","name":"pods","vni":7,"ranges":["10.{mine}.0.0/24"]}}"#);
+            switch.ask_json(&network).unwrap();
+            let other = vteps[1 - at];
+            switch.ask_json(&format!(r#"{{"op":"peer_add","name":"other","vtep":"{other}"}}"#)).unwrap();
+            let route =
+                format!(r#"{{"op":"route_add","network":"pods","prefix":"10.{theirs}.0.0/24","peer":"other"}}"#);
+            switch.ask_json(&route).unwrap();
+            switch
+        });
+        let pods = [0, 1].map(|at| switches[at].add_port("pod", "pods", mac(10 + at as u8), &[]).id);
+        let exchange = |switches: &mut [Switch; 2]| {
+            for at in [0, 1, 0, 1] {
+                for packet in switches[at].take(UPLINK_PORT) {
+                    assert_eq!(packet[12..16], [0x81, 0, 0, 100]);
+                    switches[1 - at].send(UPLINK_PORT, &packet);
+                }
+                switches[1 - at].settle();
+            }
+        };
+        switches[0].pass(1_000_000_000);
+        exchange(&mut switches);
+        let frame = frames::udp(Ends { from: mac(10), to: GATEWAY_MAC }, "10.1.0.2", "10.2.0.2", b"hello");
+        assert_eq!(switches[0].drop_of(pods[0], &frame), None, "{family}");
+        exchange(&mut switches);
+        assert_eq!(switches[1].take(pods[1]).len(), 1);
+        // A peer that is silent is forgotten.
+        switches[0].pass(61_000_000_000);
+        assert_eq!(switches[0].drop_of(pods[0], &frame), Some(DropReason::NoNeighbor));
+        // Who claims our own VTEP is not believed.
+        if family == 4 {
+            let mut forged = frames::arp_request(mac(66), "192.0.2.1", "192.0.2.2");
+            forged.splice(12..12, [0x81, 0, 0, 100]);
+            assert_eq!(switches[0].drop_of(UPLINK_PORT, &forged), Some(DropReason::SpoofedVtep));
+        }
+    }
 }

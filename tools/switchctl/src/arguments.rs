@@ -6,7 +6,10 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use ipnet::IpNet;
-use vswitch_api::{Encap, NetworkMode, NetworkSpec, PeerSpec, PortMapping, Protocol, SenderCheck};
+use vswitch_api::{
+    Encap, FdbTarget, MirrorDirection, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec, PortMapping, Protocol,
+    SenderCheck, StormLimits,
+};
 use vswitch_net::{MacAddr, Vni};
 
 /// Sees and steers a vswitchd.
@@ -61,6 +64,12 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: Option<StatsCommand>,
     },
+    /// Copies of what passes ports.
+    #[command(subcommand)]
+    Mirror(MirrorCommand),
+    /// Members of multicast groups, in networks that snoop.
+    #[command(subcommand)]
+    Group(GroupCommand),
     /// Drops by reason.
     Drops {
         #[command(subcommand)]
@@ -129,6 +138,12 @@ pub(crate) struct PortAdd {
     /// Send back what comes for the port itself.
     #[arg(long)]
     pub(crate) hairpin: bool,
+    /// Believe stations seen here nowhere else.
+    #[arg(long)]
+    pub(crate) sticky: bool,
+    /// Most stations learned here.
+    #[arg(long)]
+    pub(crate) mac_limit: Option<usize>,
     /// Bits a second to the pod.
     #[arg(long, value_name = "BITS", default_value_t = 0)]
     pub(crate) ingress_rate: u64,
@@ -206,6 +221,21 @@ pub(crate) struct NetworkAdd {
     /// Carry frames that have tags as they are (QinQ).
     #[arg(long)]
     transparent: bool,
+    /// Let ARP and neighbor discovery reach every port, even for stations that are known.
+    #[arg(long)]
+    no_neighbor_suppression: bool,
+    /// Send multicast to those who have joined.
+    #[arg(long)]
+    multicast_snooping: bool,
+    /// Broadcasts a second that each port may send.
+    #[arg(long, value_name = "PACKETS", default_value_t = 0)]
+    storm_broadcast: u64,
+    /// Multicast packets a second that each port may send.
+    #[arg(long, value_name = "PACKETS", default_value_t = 0)]
+    storm_multicast: u64,
+    /// Packets a second to unknown stations that each port may send.
+    #[arg(long, value_name = "PACKETS", default_value_t = 0)]
+    storm_unknown: u64,
     /// A VXLAN device of the kernel whose forwarding entries are followed, for EVPN.
     #[arg(long, value_name = "DEVICE")]
     follow: Option<String>,
@@ -272,6 +302,9 @@ pub(crate) enum FdbCommand {
         /// Behind this peer.
         #[arg(long)]
         peer: Option<String>,
+        /// An address of it, to answer ARP and neighbor discovery for; may be repeated.
+        #[arg(long = "ip", value_name = "ADDRESS")]
+        ips: Vec<IpAddr>,
     },
     /// Removes a station.
     Del {
@@ -281,6 +314,61 @@ pub(crate) enum FdbCommand {
         #[arg(long)]
         network: String,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MirrorCommand {
+    /// All mirrors.
+    List,
+    /// Adds a mirror.
+    Add(MirrorAdd),
+    /// Ends a mirror.
+    Del {
+        /// Its name.
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MirrorAdd {
+    name: String,
+    /// The link of a port to look at; may be repeated.
+    #[arg(long = "port", value_name = "LINK", required = true)]
+    ports: Vec<String>,
+    /// Which way: both, from (the port) or to (the port).
+    #[arg(long, value_parser = parse_direction, default_value = "both")]
+    direction: MirrorDirection,
+    /// The link of the port that gets the copies.
+    #[arg(long, value_name = "LINK", required_unless_present = "to_peer", conflicts_with = "to_peer")]
+    to_port: Option<String>,
+    /// The peer that gets the copies, in VXLAN.
+    #[arg(long, value_name = "PEER", requires = "network")]
+    to_peer: Option<String>,
+    /// The bridged network that copies to a peer travel in.
+    #[arg(long)]
+    network: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum GroupCommand {
+    /// All members.
+    List,
+}
+
+impl MirrorAdd {
+    pub(crate) fn spec(&self) -> MirrorSpec {
+        let to = match (&self.to_peer, &self.to_port) {
+            (Some(peer), _) => FdbTarget::Peer(peer.clone()),
+            (None, port) => FdbTarget::Port(port.clone().unwrap_or_default()),
+        };
+        MirrorSpec {
+            name: self.name.clone(),
+            ports: self.ports.clone(),
+            direction: self.direction,
+            to,
+            network: self.network.clone(),
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -372,6 +460,13 @@ impl NetworkAdd {
             mss_clamp: self.mss_clamp,
             vlan: self.vlan,
             transparent: self.transparent,
+            neighbor_suppression: !self.no_neighbor_suppression,
+            multicast_snooping: self.multicast_snooping,
+            storm: (self.storm_broadcast + self.storm_multicast + self.storm_unknown > 0).then_some(StormLimits {
+                broadcast: self.storm_broadcast,
+                multicast: self.storm_multicast,
+                unknown_unicast: self.storm_unknown,
+            }),
             follow: self.follow.clone(),
         }
     }
@@ -400,6 +495,15 @@ fn parse_encap(text: &str) -> Result<Encap, String> {
         "cross-subnet" => Ok(Encap::CrossSubnet),
         "direct" => Ok(Encap::Direct),
         _ => Err(format!("\"{text}\" is unknown: allowed are vxlan, cross-subnet and direct")),
+    }
+}
+
+fn parse_direction(text: &str) -> Result<MirrorDirection, String> {
+    match text {
+        "both" => Ok(MirrorDirection::Both),
+        "from" => Ok(MirrorDirection::From),
+        "to" => Ok(MirrorDirection::To),
+        _ => Err(format!("\"{text}\" is unknown: allowed are both, from and to")),
     }
 }
 

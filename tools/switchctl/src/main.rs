@@ -15,8 +15,8 @@ use clap::{CommandFactory, Parser};
 use vswitch_api::{Answer, Client, ClientError, FdbSpec, FdbTarget, Request, RouteSpec, sentence};
 
 use crate::arguments::{
-    Arguments, Command, FdbCommand, FlowCommand, Format, ListCommand, NetworkCommand, PeerCommand, PortCommand,
-    RouteCommand, StatsCommand,
+    Arguments, Command, FdbCommand, FlowCommand, Format, GroupCommand, ListCommand, MirrorCommand, NetworkCommand,
+    PeerCommand, PortCommand, RouteCommand, StatsCommand,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -72,13 +72,14 @@ fn ask(client: &mut Client, command: &Command) -> anyhow::Result<Answer> {
         Command::Fdb(FdbCommand::Show { mac }) => {
             return output::only(client.call(Request::FdbList { network: None })?, &mac.to_string());
         }
-        Command::Fdb(FdbCommand::Add { network, mac, port, peer }) => Request::FdbAdd(FdbSpec {
+        Command::Fdb(FdbCommand::Add { network, mac, port, peer, ips }) => Request::FdbAdd(FdbSpec {
             network: network.clone(),
             mac: *mac,
             at: match (port, peer) {
                 (Some(link), _) => FdbTarget::Port(link.clone()),
                 (None, peer) => FdbTarget::Peer(peer.clone().unwrap_or_default()),
             },
+            addresses: ips.clone(),
         }),
         Command::Fdb(FdbCommand::Del { network, mac }) => Request::FdbDel { network: network.clone(), mac: *mac },
         Command::Route(RouteCommand::List { network }) => Request::RouteList { network: network.clone() },
@@ -91,6 +92,10 @@ fn ask(client: &mut Client, command: &Command) -> anyhow::Result<Answer> {
         Command::Route(RouteCommand::Del { network, prefix }) => {
             Request::RouteDel { network: network.clone(), prefix: *prefix }
         }
+        Command::Mirror(MirrorCommand::List) => Request::MirrorList,
+        Command::Mirror(MirrorCommand::Add(add)) => Request::MirrorAdd(add.spec()),
+        Command::Mirror(MirrorCommand::Del { name }) => Request::MirrorDel { name: name.clone() },
+        Command::Group(GroupCommand::List) => Request::GroupList,
         Command::Neighbor(ListCommand::List) => Request::NeighborList,
         Command::Neighbor(ListCommand::Show { name }) => {
             return output::only(client.call(Request::NeighborList)?, name);

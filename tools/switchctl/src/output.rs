@@ -134,6 +134,22 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
                 row([&route.network, &route.prefix, &route.to, &from])
             }),
         ),
+        Answer::Mirrors { mirrors } => table(
+            out,
+            ["MIRROR", "PORTS", "DIRECTION", "TO", "NETWORK"],
+            mirrors.iter().map(|mirror| {
+                let direction = format!("{:?}", mirror.direction).to_lowercase();
+                row([&mirror.name, &mirror.ports.join(","), &direction, &mirror.to, &or_dash(mirror.network.as_ref())])
+            }),
+        ),
+        Answer::Groups { groups } => table(
+            out,
+            ["NETWORK", "GROUP", "AT", "AGE"],
+            groups.iter().map(|group| {
+                let age = format!("{}s", group.age_seconds);
+                row([&group.network, &group.group, &group.at, &age])
+            }),
+        ),
         Answer::Neighbors { neighbors } => table(
             out,
             ["PEERS", "NEXT HOP", "LINK", "MAC", "STATE"],
@@ -253,6 +269,9 @@ fn print_port(out: &mut impl Write, port: &PortInfo) -> io::Result<()> {
         route.gateway.map_or(Ok(()), |gateway| write!(out, " via {gateway}"))?;
         route.mtu.map_or(Ok(()), |mtu| write!(out, " mtu {mtu}"))?;
         writeln!(out)?;
+    }
+    if port.stations_refused > 0 {
+        writeln!(out, "  {} stations beyond its limit were not learned", port.stations_refused)?;
     }
     if !port.trunk.is_empty() {
         writeln!(out, "  trunk, vlans {}", join(&port.trunk))?;

@@ -26,6 +26,8 @@ pub(crate) fn add(client: &mut Client, add: &PortAdd) -> anyhow::Result<Answer> 
     port.native = !add.no_native;
     port.isolated = add.isolated;
     port.hairpin = add.hairpin;
+    port.sticky = add.sticky;
+    port.mac_limit = add.mac_limit;
     port.bandwidth.ingress_rate = add.ingress_rate;
     port.bandwidth.egress_rate = add.egress_rate;
     port.port_mappings.clone_from(&add.publish);

@@ -20,12 +20,12 @@ mod response;
 pub use client::{Client, ClientError};
 pub use error::{ApiError, ErrorCode, sentence};
 pub use request::{
-    Attachment, Bandwidth, Encap, FdbSpec, FdbTarget, NetworkMode, NetworkSpec, PeerSpec, PortMapping, PortSpec,
-    Protocol, Request, RouteSpec, SenderCheck,
+    Attachment, Bandwidth, Encap, FdbSpec, FdbTarget, MirrorDirection, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec,
+    PortMapping, PortSpec, Protocol, Request, RouteSpec, SenderCheck, StormLimits,
 };
 pub use response::{
-    Answer, DropInfo, FdbInfo, FlowInfo, HostInfo, IpamInfo, NeighborInfo, NetworkInfo, PeerInfo, PodRoute, PortInfo,
-    PortStats, RouteInfo, SocketInfo, StatsInfo, StatusInfo, UplinkInfo, WorkerInfo,
+    Answer, DropInfo, FdbInfo, FlowInfo, GroupInfo, HostInfo, IpamInfo, NeighborInfo, NetworkInfo, PeerInfo, PodRoute,
+    PortInfo, PortStats, RouteInfo, SocketInfo, StatsInfo, StatusInfo, UplinkInfo, WorkerInfo,
 };
 
 use serde::{Deserialize, Serialize};

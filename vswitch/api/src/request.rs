@@ -81,6 +81,17 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         network: Option<String>,
     },
+    /// Copies what passes ports.
+    MirrorAdd(MirrorSpec),
+    /// Ends a mirror.
+    MirrorDel {
+        /// Its name.
+        name: String,
+    },
+    /// All mirrors.
+    MirrorList,
+    /// Members of multicast groups, in networks that snoop.
+    GroupList,
     /// Next hops of the underlay as the kernel resolved them.
     NeighborList,
     /// Flows that had a packet in the last ten seconds.
@@ -142,6 +153,12 @@ pub struct PortSpec {
     /// May get its own packets back.
     #[serde(default, skip_serializing_if = "is_no")]
     pub hairpin: bool,
+    /// Bridged networks: stations seen here are believed nowhere else, and are not forgotten.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub sticky: bool,
+    /// Bridged networks: most stations learned here; none for what the network lets it have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac_limit: Option<usize>,
     /// How much may pass.
     #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
     pub bandwidth: Bandwidth,
@@ -269,9 +286,61 @@ pub struct NetworkSpec {
     /// Its 802.1Q identifier on trunk ports, 1 to 4094.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vlan: Option<u16>,
+    /// Bridged networks: answer ARP and neighbor discovery for stations that are known.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub neighbor_suppression: bool,
+    /// Bridged networks: send multicast to those who have joined (IGMP and MLD snooping).
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub multicast_snooping: bool,
+    /// Bridged networks: how much each port may send to many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storm: Option<StormLimits>,
     /// Bridged networks: carry frames that have tags as they are (QinQ).
     #[serde(default, skip_serializing_if = "is_no")]
     pub transparent: bool,
+}
+
+/// How much a port may send to many, in packets a second. Zero is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StormLimits {
+    /// To everybody.
+    pub broadcast: u64,
+    /// To groups.
+    pub multicast: u64,
+    /// To stations that are not known.
+    pub unknown_unicast: u64,
+}
+
+/// Copies of what passes ports (SPAN).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MirrorSpec {
+    /// Its name.
+    pub name: String,
+    /// The ports to look at, by their host links.
+    pub ports: Vec<String>,
+    /// Which way.
+    #[serde(default)]
+    pub direction: MirrorDirection,
+    /// Who gets the copies: a port, or a peer in VXLAN.
+    pub to: FdbTarget,
+    /// The bridged network that copies to a peer travel in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
+}
+
+/// Which way packets go that a mirror copies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MirrorDirection {
+    /// Both.
+    #[default]
+    Both,
+    /// From the port into the switch.
+    From,
+    /// From the switch to the port.
+    To,
 }
 
 /// Another node.
@@ -328,6 +397,9 @@ pub struct FdbSpec {
     pub mac: MacAddr,
     /// Where it is.
     pub at: FdbTarget,
+    /// Its addresses, if ARP and neighbor discovery for it are to be answered.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Where a station is.
@@ -359,6 +431,8 @@ impl PortSpec {
             native: true,
             isolated: false,
             hairpin: false,
+            sticky: false,
+            mac_limit: None,
             bandwidth: Bandwidth::default(),
             port_mappings: Vec::new(),
         }
@@ -401,6 +475,8 @@ impl Request {
                 | Request::FdbList { .. }
                 | Request::RouteList { .. }
                 | Request::NeighborList
+                | Request::MirrorList
+                | Request::GroupList
                 | Request::FlowList { .. }
                 | Request::Stats
                 | Request::Drops
@@ -432,6 +508,10 @@ impl std::fmt::Display for Request {
             Request::FdbDel { network, mac } => write!(f, "fdb del {mac} in {network}"),
             Request::RouteAdd(spec) => write!(f, "route add {} in {} to peer {}", spec.prefix, spec.network, spec.peer),
             Request::RouteDel { network, prefix } => write!(f, "route del {prefix} in {network}"),
+            Request::MirrorAdd(spec) => {
+                write!(f, "mirror add {} of {} to {}", spec.name, spec.ports.join(","), spec.to)
+            }
+            Request::MirrorDel { name } => write!(f, "mirror del {name}"),
             question => write!(f, "{question:?}"),
         }
     }

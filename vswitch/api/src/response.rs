@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use vswitch_net::{MacAddr, PortId, Vni};
 
-use crate::request::{Attachment, Bandwidth, Encap, FdbTarget, NetworkMode, PortMapping};
+use crate::request::{Attachment, Bandwidth, Encap, FdbTarget, MirrorSpec, NetworkMode, PortMapping};
 
 /// The answer to a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -43,6 +43,16 @@ pub enum Answer {
     Routes {
         /// The routes.
         routes: Vec<RouteInfo>,
+    },
+    /// To `mirror_list`.
+    Mirrors {
+        /// The mirrors.
+        mirrors: Vec<MirrorSpec>,
+    },
+    /// To `group_list`.
+    Groups {
+        /// The members.
+        groups: Vec<GroupInfo>,
     },
     /// To `neighbor_list`.
     Neighbors {
@@ -204,6 +214,9 @@ pub struct PortInfo {
     pub netns: Option<String>,
     /// Labels.
     pub labels: BTreeMap<String, String>,
+    /// Stations that were not learned because the port had too many.
+    #[serde(default)]
+    pub stations_refused: u64,
     /// VLANs of a trunk.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trunk: Vec<u16>,
@@ -313,6 +326,19 @@ pub struct RouteInfo {
     /// True if a routing daemon made it known.
     #[serde(default)]
     pub is_imported: bool,
+}
+
+/// A member of a multicast group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupInfo {
+    /// Its network.
+    pub network: String,
+    /// The group.
+    pub group: IpAddr,
+    /// Where it is.
+    pub at: FdbTarget,
+    /// Seconds since it last said so.
+    pub age_seconds: u64,
 }
 
 /// A next hop of the underlay.

@@ -35,6 +35,8 @@ impl Control {
             Request::RouteDel { network, prefix } => self.remove_route(&network, prefix),
             Request::FdbAdd(spec) => self.add_station(spec),
             Request::FdbDel { network, mac } => self.remove_station(&network, mac),
+            Request::MirrorAdd(spec) => self.add_mirror(spec),
+            Request::MirrorDel { name } => self.remove_mirror(&name),
             other => Err(ApiError::new(ErrorCode::BadRequest, format!("{other:?} changes nothing"))),
         }
     }
@@ -87,6 +89,11 @@ impl Control {
         if spec.mss_clamp && !is_routed {
             return Err(invalid("mss_clamp is for routed networks: a bridged one is changed by nobody"));
         }
+        if is_routed && (spec.multicast_snooping || spec.storm.is_some() || spec.follow.is_some()) {
+            return Err(invalid(
+                "multicast_snooping, storm and follow are for bridged networks: a routed one floods nothing",
+            ));
+        }
         if spec.transparent && is_routed {
             return Err(invalid("transparent is for bridged networks: a routed one carries no tags"));
         }
@@ -119,6 +126,9 @@ impl Control {
                 "network \"{name}\" has {ports} ports: remove them first (`switchctl port list`)"
             )));
         }
+        if let Some(mirror) = self.desired.mirrors.values().find(|mirror| mirror.network.as_deref() == Some(name)) {
+            return Err(conflict(format!("mirror \"{}\" travels in network \"{name}\": remove it first", mirror.name)));
+        }
         if let Some(peer) =
             self.desired.peers.values().find(|peer| peer.spec.networks.iter().flatten().any(|other| other == name))
         {
@@ -133,10 +143,13 @@ impl Control {
             self.desired.routes.remove(&(index, prefix));
             self.settle(index, prefix);
         }
+        let groups = self.groups.forget_network(index);
+        self.set_groups(groups);
         let mut stations = self.learned.forget_network(index);
-        self.desired.stations.retain(|&(network, mac), _| {
+        self.desired.stations.retain(|&(network, mac), entry| {
             if network == index {
                 stations.push((network, mac));
+                entry.addresses.iter().for_each(|&address| self.tables.neighbors.remove(network, address));
             }
             network != index
         });
@@ -197,10 +210,14 @@ impl Control {
             self.desired.routes.remove(&(network, prefix));
             self.settle(network, prefix);
         }
+        let groups = self.groups.forget_location(Location::Peer(index));
+        self.set_groups(groups);
+        self.desired.mirrors.retain(|_, mirror| mirror.to != FdbTarget::Peer(name.to_owned()));
         let mut stations = self.learned.forget_location(Location::Peer(index));
         self.desired.stations.retain(|&station, entry| {
             let goes = entry.at == FdbTarget::Peer(name.to_owned());
             if goes {
+                entry.addresses.iter().for_each(|&address| self.tables.neighbors.remove(station.0, address));
                 stations.push(station);
             }
             !goes
@@ -282,17 +299,29 @@ impl Control {
         {
             return Err(invalid(format!("{} is not in network \"{}\"", spec.at, spec.network)));
         }
+        for &address in &spec.addresses {
+            check_unicast("addresses", address)?;
+        }
+        let suppresses = network.spec.neighbor_suppression;
         self.learned.forget(index, spec.mac);
         self.tables.fdb.insert(index, spec.mac, location);
+        for &address in spec.addresses.iter().filter(|_| suppresses) {
+            self.tables.neighbors.insert(index, address, spec.mac);
+        }
         let is_configured = self.desired.is_configuring;
-        self.desired.stations.insert((index, spec.mac), StationEntry { at: spec.at, is_configured });
+        let FdbSpec { mac, at, addresses, .. } = spec;
+        self.desired.stations.insert((index, mac), StationEntry { at, addresses, is_configured });
         self.mark(Dirty::Change);
         Ok(Answer::Done)
     }
 
     fn remove_station(&mut self, network: &str, mac: MacAddr) -> Applied {
         let index = self.desired.network(Some(network))?.index;
-        let was_static = self.desired.stations.remove(&(index, mac)).is_some();
+        let entry = self.desired.stations.remove(&(index, mac));
+        for &address in entry.iter().flat_map(|entry| &entry.addresses) {
+            self.tables.neighbors.remove(index, address);
+        }
+        let was_static = entry.is_some();
         if !self.learned.forget(index, mac) && !was_static {
             return Err(not_found(format!(
                 "no station {mac} to remove: `switchctl fdb list --network {network}` shows them"
@@ -387,6 +416,9 @@ impl Control {
         if (!spec.trunk.is_empty() || !spec.native) && network.spec.mode != NetworkMode::Bridged {
             return Err(invalid(format!("trunk: network \"{}\" is routed, and a trunk is not", network.spec.name)));
         }
+        if network.spec.mode == NetworkMode::Routed && (spec.sticky || spec.mac_limit.is_some()) {
+            return Err(invalid("sticky and mac_limit are for ports of bridged networks: a routed one learns nothing"));
+        }
         if spec.trunk.is_empty() && !spec.native {
             return Err(invalid("native: a port that carries no VLAN and nothing without a tag carries nothing"));
         }
@@ -429,11 +461,16 @@ impl Control {
             NetworkMode::Bridged => {
                 self.learned.forget(network.index, mac);
                 self.tables.fdb.insert(network.index, mac, Location::Port(id));
+                for &address in record.spec.addresses.iter().filter(|_| network.spec.neighbor_suppression) {
+                    self.tables.neighbors.insert(network.index, address, mac);
+                }
+                self.announce(network.index, id, mac, &record.spec.addresses);
             }
         }
         let addresses = record.spec.addresses.clone();
         let limits = limits_of(&record.spec.bandwidth);
-        self.desired.ports.insert(id, PortEntry { network: network.index, record, attached, limits });
+        let storm = Control::storm_of(network).map(Arc::new);
+        self.desired.ports.insert(id, PortEntry { network: network.index, record, attached, limits, storm });
         for address in addresses {
             self.settle(network.index, address.into());
         }
@@ -495,13 +532,23 @@ impl Control {
         backend.detach(id);
         for &address in &port.record.spec.addresses {
             self.desired.by_address.remove(&(port.network, address));
+            self.tables.neighbors.remove(port.network, address);
             self.settle(port.network, address.into());
         }
         self.tables.fdb.remove(port.network, port.record.spec.mac);
+        self.desired.refused.remove(&id);
+        let link = &port.record.spec.link;
+        self.desired.mirrors.retain(|_, mirror| {
+            mirror.ports.retain(|other| other != link);
+            !mirror.ports.is_empty() && mirror.to != FdbTarget::Port(link.clone())
+        });
+        let groups = self.groups.forget_location(Location::Port(id));
+        self.set_groups(groups);
         let mut stations = self.learned.forget_location(Location::Port(id));
         let at = FdbTarget::Port(port.record.spec.link);
         self.desired.stations.retain(|&station, entry| {
             if entry.at == at {
+                entry.addresses.iter().for_each(|&address| self.tables.neighbors.remove(station.0, address));
                 stations.push(station);
             }
             entry.at != at
@@ -536,7 +583,7 @@ pub(crate) fn full_length(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
 
-fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
+pub(crate) fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
     let is_good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if name.is_empty() || name.len() > 63 || !name.chars().all(is_good) {
         return Err(invalid(format!("\"{name}\" is no name for a {what}: 1 to 63 letters, digits, '-', '_' or '.'")));

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use vswitch_api::{self as api, Encap, FdbTarget, NetworkMode};
-use vswitch_dataplane::table::{fdb::Fdb, route};
+use vswitch_dataplane::table::{fdb::Fdb, group::Groups, neighbor::Neighbors, route};
 use vswitch_dataplane::vxlan::OuterHeader;
 use vswitch_dataplane::{
     Access, Gateway, Location, Network, NetworkMode as Mode, Path, Peer, Port, PortKind, SenderCheck, Snapshot,
@@ -22,6 +22,8 @@ use crate::{Control, HOST_PORT};
 /// The big tables, changed in place as requests come and cloned, by pointers, into each snapshot.
 #[derive(Debug, Default)]
 pub(crate) struct Tables {
+    pub(crate) neighbors: Neighbors,
+    pub(crate) groups: Groups,
     pub(crate) fdb: Fdb,
     pub(crate) routes: route::Routes,
 }
@@ -53,6 +55,8 @@ impl Control {
             },
             fdb: self.tables.fdb.clone(),
             routes: self.tables.routes.clone(),
+            neighbors: self.tables.neighbors.clone(),
+            groups: self.tables.groups.clone(),
         }
     }
 
@@ -65,15 +69,25 @@ impl Control {
     fn compile_ports(&self) -> Vec<Option<Arc<Port>>> {
         let access = self.desired.ports.iter().map(|(id, entry)| {
             let kind = PortKind::Access(self.compile_access(entry));
-            (id.index(), Port { mtu: entry.record.mtu, kind, limits: entry.limits.clone() })
+            let (mirrors_from, mirrors_to) = self.mirrors_of(&entry.record.spec.link);
+            let port = Port {
+                mtu: entry.record.mtu,
+                kind,
+                limits: entry.limits.clone(),
+                storm: entry.storm.clone(),
+                mirrors_from,
+                mirrors_to,
+            };
+            (id.index(), port)
         });
-        let uplinks = self.underlay.present().map(|(port, uplink)| {
-            (port.index(), Port { mtu: uplink.mtu, kind: PortKind::Uplink(uplink.mac), limits: None })
-        });
+        let uplinks = self
+            .underlay
+            .present()
+            .map(|(port, uplink)| (port.index(), Port::new(uplink.mtu, PortKind::Uplink(uplink.mac))));
         let host = self.host.as_ref().zip(self.host_network()).map(|(host, network)| {
             // The host routes: packets of all the world come from it.
             let access = Access::new(network.index, host.mac, routers(&network.spec), SenderCheck::None);
-            (HOST_PORT.index(), Port { mtu: POD_LINK_MTU, kind: PortKind::Access(access), limits: None })
+            (HOST_PORT.index(), Port::new(POD_LINK_MTU, PortKind::Access(access)))
         });
         by_index(access.chain(uplinks).chain(host))
     }
@@ -94,6 +108,7 @@ impl Control {
             vlans: spec.trunk.iter().filter_map(|&vid| Some((vid, self.desired.network_of_vlan(vid)?))).collect(),
             is_isolated: spec.isolated,
             is_hairpin: spec.hairpin,
+            is_sticky: spec.sticky,
             ..Access::new(entry.network, spec.mac, spec.addresses.clone(), check)
         }
     }
@@ -121,6 +136,7 @@ impl Control {
                 (wire.saturating_sub(TCP_V4), wire.saturating_sub(TCP_V6))
             }),
             is_transparent: entry.spec.transparent,
+            multicast_routers: self.multicast_routers(entry),
             ports: ports.map(|(&id, _)| id).collect(),
             flood_peers: flood_peers.into_iter().collect(),
         }

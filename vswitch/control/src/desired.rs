@@ -5,12 +5,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use vswitch_api::{ApiError, ErrorCode, FdbTarget, NetworkMode, NetworkSpec, PeerSpec};
-use vswitch_dataplane::{Limits, Location};
+use vswitch_api::{ApiError, ErrorCode, FdbTarget, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec};
+use vswitch_dataplane::{Limits, Location, Storm};
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 
 use crate::backend::Attached;
 use crate::follow::Followed;
+use crate::learned::PlaceLimits;
 use crate::routes::routers;
 use crate::state::{PortRecord, State};
 use crate::{HOST_PORT, is_uplink};
@@ -30,6 +31,9 @@ pub(crate) struct Desired {
     /// Routes that routing daemons gave the kernel, and how many lead to each peer.
     pub(crate) imported: HashMap<(NetworkIndex, IpNet), PeerIndex>,
     pub(crate) imported_counts: HashMap<PeerIndex, usize>,
+    pub(crate) mirrors: BTreeMap<String, MirrorSpec>,
+    /// Stations that ports with a limit had too many of.
+    pub(crate) refused: BTreeMap<PortId, u64>,
     /// What the kernel's own VXLAN devices know of bridged networks.
     pub(crate) followed: BTreeMap<NetworkIndex, Followed>,
     /// Where the built-in IPAM goes on looking, by network and range, so that an address is not reused at once.
@@ -65,6 +69,7 @@ pub(crate) struct PortEntry {
     pub(crate) record: PortRecord,
     pub(crate) attached: Attached,
     pub(crate) limits: Option<Arc<Limits>>,
+    pub(crate) storm: Option<Arc<Storm>>,
 }
 
 #[derive(Clone, Debug)]
@@ -76,6 +81,7 @@ pub(crate) struct RouteEntry {
 #[derive(Clone, Debug)]
 pub(crate) struct StationEntry {
     pub(crate) at: FdbTarget,
+    pub(crate) addresses: Vec<IpAddr>,
     pub(crate) is_configured: bool,
 }
 
@@ -139,6 +145,15 @@ impl Desired {
         let specs = ports.map(|port| &port.record.spec).chain(waiting.map(|record| &record.spec));
         let own = self.networks.get(&name).map(|network| routers(&network.spec)).unwrap_or_default();
         specs.flat_map(|spec| spec.addresses.iter().copied()).chain(own).collect()
+    }
+
+    /// How many stations a place may have, and whether they stay there.
+    pub(crate) fn limits_at(&self, location: Location) -> PlaceLimits {
+        let Location::Port(port) = location else { return PlaceLimits::default() };
+        self.ports.get(&port).map_or_else(PlaceLimits::default, |entry| PlaceLimits {
+            most: entry.record.spec.mac_limit,
+            is_sticky: entry.record.spec.sticky,
+        })
     }
 
     /// The network of an 802.1Q identifier.
@@ -212,9 +227,11 @@ impl Desired {
                     network: self.network_name(*network),
                     mac: *mac,
                     at: entry.at.clone(),
+                    addresses: entry.addresses.clone(),
                 })
             }),
             ports: self.ports.values().map(|entry| &entry.record).chain(&self.waiting).cloned().collect(),
+            mirrors: self.mirrors.values().cloned().collect(),
             cursors: self
                 .cursors
                 .iter()

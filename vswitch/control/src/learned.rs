@@ -26,6 +26,7 @@ pub(crate) struct Learned {
 pub(crate) struct Entry {
     pub(crate) location: Location,
     pub(crate) seen_ns: u64,
+    is_sticky: bool,
 }
 
 /// What a sighting changes.
@@ -40,6 +41,17 @@ pub(crate) enum Change {
     },
     /// A known station at a new place.
     Moved,
+    /// The place has as many as it may.
+    Refused,
+}
+
+/// What a place may do.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct PlaceLimits {
+    /// Most stations.
+    pub(crate) most: Option<usize>,
+    /// Stations seen here stay here.
+    pub(crate) is_sticky: bool,
 }
 
 impl Learned {
@@ -47,16 +59,34 @@ impl Learned {
         Learned { stations: HashMap::new(), counts: HashMap::new(), totals: HashMap::new(), ageing_ns, limit }
     }
 
-    pub(crate) fn seen(&mut self, now_ns: u64, network: NetworkIndex, mac: MacAddr, location: Location) -> Change {
+    pub(crate) fn seen(
+        &mut self,
+        now_ns: u64,
+        network: NetworkIndex,
+        mac: MacAddr,
+        location: Location,
+        limits: PlaceLimits,
+    ) -> Change {
+        let is_full = limits
+            .most
+            .is_some_and(|most| self.counts.get(&(network, location)).is_some_and(|&count| count >= most) || most == 0);
         if let Some(entry) = self.stations.get_mut(&(network, mac)) {
-            entry.seen_ns = now_ns;
             if entry.location == location {
+                entry.seen_ns = now_ns;
                 return Change::None;
             }
+            if entry.is_sticky || is_full {
+                return if is_full { Change::Refused } else { Change::None };
+            }
+            entry.seen_ns = now_ns;
+            entry.is_sticky = limits.is_sticky;
             let before = std::mem::replace(&mut entry.location, location);
             self.uncount(network, before);
             self.count(network, location);
             return Change::Moved;
+        }
+        if is_full {
+            return Change::Refused;
         }
         let mut evicted = None;
         if self.totals.get(&network).is_some_and(|&total| total >= self.limit) {
@@ -64,7 +94,7 @@ impl Learned {
             self.forget(network, victim);
             evicted = Some(victim);
         }
-        self.stations.insert((network, mac), Entry { location, seen_ns: now_ns });
+        self.stations.insert((network, mac), Entry { location, seen_ns: now_ns, is_sticky: limits.is_sticky });
         self.count(network, location);
         Change::New { evicted }
     }
@@ -72,7 +102,7 @@ impl Learned {
     /// Forgets and returns the stations that were silent too long.
     pub(crate) fn age(&mut self, now_ns: u64) -> Vec<Station> {
         let ageing_ns = self.ageing_ns;
-        self.forget_where(|_, entry| now_ns.saturating_sub(entry.seen_ns) >= ageing_ns)
+        self.forget_where(|_, entry| !entry.is_sticky && now_ns.saturating_sub(entry.seen_ns) >= ageing_ns)
     }
 
     /// Forgets and returns the stations at a place that is gone.
@@ -155,8 +185,8 @@ mod tests {
     fn stations_age_from_their_last_sighting() {
         let mut learned = Learned::new(100, 8);
         let mac = MacAddr::local_from(1);
-        assert_eq!(learned.seen(0, NET, mac, at(1)), Change::New { evicted: None });
-        assert_eq!(learned.seen(50, NET, mac, at(1)), Change::None);
+        assert_eq!(learned.seen(0, NET, mac, at(1), PlaceLimits::default()), Change::New { evicted: None });
+        assert_eq!(learned.seen(50, NET, mac, at(1), PlaceLimits::default()), Change::None);
         assert!(learned.age(149).is_empty());
         assert_eq!(learned.age(150), [(NET, mac)]);
         assert!(learned.counts.is_empty());
@@ -166,15 +196,15 @@ mod tests {
     fn a_flooding_port_takes_nothing_from_the_others() {
         let mut learned = Learned::new(u64::MAX, 100);
         for i in 0..10 {
-            learned.seen(0, NET, MacAddr::local_from(i), at(1));
+            learned.seen(0, NET, MacAddr::local_from(i), at(1), PlaceLimits::default());
         }
         for i in 0..10_000 {
-            learned.seen(1, NET, MacAddr::local_from(1000 + i), at(2));
+            learned.seen(1, NET, MacAddr::local_from(1000 + i), at(2), PlaceLimits::default());
         }
         assert_eq!(learned.counts[&(NET, at(1))], 10);
         assert_eq!(learned.counts[&(NET, at(2))], 90);
         // A newcomer elsewhere takes a place from the greedy one, its oldest.
-        let change = learned.seen(2, NET, MacAddr::local_from(50), at(1));
+        let change = learned.seen(2, NET, MacAddr::local_from(50), at(1), PlaceLimits::default());
         assert!(matches!(change, Change::New { evicted: Some(_) }));
         assert_eq!(learned.counts[&(NET, at(2))], 89);
         assert_eq!(learned.stations.len(), 100);
@@ -184,9 +214,9 @@ mod tests {
     fn a_move_is_told_once() {
         let mut learned = Learned::new(u64::MAX, 100);
         let mac = MacAddr::local_from(1);
-        learned.seen(0, NET, mac, at(1));
-        assert_eq!(learned.seen(1, NET, mac, at(2)), Change::Moved);
-        assert_eq!(learned.seen(2, NET, mac, at(2)), Change::None);
+        learned.seen(0, NET, mac, at(1), PlaceLimits::default());
+        assert_eq!(learned.seen(1, NET, mac, at(2), PlaceLimits::default()), Change::Moved);
+        assert_eq!(learned.seen(2, NET, mac, at(2), PlaceLimits::default()), Change::None);
         assert_eq!(learned.forget_location(at(1)), []);
         assert_eq!(learned.forget_location(at(2)), [(NET, mac)]);
     }

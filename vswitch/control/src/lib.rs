@@ -22,29 +22,34 @@
 
 mod apply;
 mod backend;
+mod bridging;
 mod compile;
 mod desired;
 mod follow;
+mod groups;
 mod host;
 mod ipam;
 mod learned;
 mod report;
 mod routes;
 mod state;
+mod tagged;
 mod underlay;
 
 use std::sync::Arc;
 
 pub use backend::{Attached, Backend, FlowSample, SocketSample, WorkerSample};
+pub use bridging::{Own, OwnWay};
 pub use host::{HostPlan, HostState};
 pub use state::{PortRecord, State};
 pub use underlay::{NextHop, UplinkState};
 use vswitch_api::{Answer, ApiError, Encap, Request};
-use vswitch_dataplane::{Event, Snapshot};
+use vswitch_dataplane::{Event, Location, Snapshot};
 use vswitch_net::{NetworkIndex, PortId};
 
 use crate::compile::Tables;
 use crate::desired::Desired;
+use crate::groups::Groups;
 use crate::learned::{Change, Learned};
 use crate::underlay::UnderlayView;
 
@@ -68,6 +73,8 @@ pub struct ControlConfig {
     pub udp_port: u16,
     /// 802.1Q identifier of the underlay.
     pub vlan: Option<u16>,
+    /// With a tag: routers of the underlay, if peers are not on its link.
+    pub gateways: Vec<std::net::IpAddr>,
     /// The links that shall be the uplinks, whether they are there now or not.
     pub uplinks: Vec<String>,
     /// The network that is joined to the host's stack.
@@ -91,6 +98,13 @@ pub struct Control {
     desired: Desired,
     host: Option<HostState>,
     learned: Learned,
+    groups: Groups,
+    /// When members of groups were last asked.
+    asked_ns: Option<u64>,
+    /// Packets to send.
+    own: Vec<Own>,
+    /// With a tag: who was heard on the underlay, and when.
+    neighbors: std::collections::BTreeMap<std::net::IpAddr, (vswitch_net::MacAddr, u64)>,
     underlay: UnderlayView,
     tables: Tables,
     generation: u64,
@@ -112,6 +126,7 @@ impl Default for ControlConfig {
         ControlConfig {
             udp_port: vswitch_net::VXLAN_PORT,
             vlan: None,
+            gateways: Vec::new(),
             uplinks: Vec::new(),
             host_network: None,
             is_importing: false,
@@ -130,6 +145,10 @@ impl Control {
             desired: Desired::default(),
             host: None,
             learned: Learned::new(config.fdb_ageing_ns, config.fdb_limit),
+            groups: Groups::default(),
+            asked_ns: None,
+            own: Vec::new(),
+            neighbors: std::collections::BTreeMap::new(),
             underlay: UnderlayView::new(config.udp_port, &config.uplinks),
             config,
             tables: Tables::default(),
@@ -161,13 +180,25 @@ impl Control {
 
     /// Takes note of what a worker saw.
     pub fn learn(&mut self, now_ns: u64, event: Event) {
-        let Event::Seen { network, mac, location } = event;
+        let (network, mac, location) = match event {
+            Event::Seen { network, mac, location } => (network, mac, location),
+            Event::Neighbor { address, mac } => return self.hear_neighbor(now_ns, address, mac),
+            Event::Group { network, location, membership } => {
+                return self.hear_group(now_ns, network, location, membership);
+            }
+        };
         // News may be older than the removal of what they are about.
         if self.desired.is_static(network, mac) || !self.desired.is_at(network, location) {
             return;
         }
-        match self.learned.seen(now_ns, network, mac, location) {
+        let limits = self.desired.limits_at(location);
+        match self.learned.seen(now_ns, network, mac, location, limits) {
             Change::None => {}
+            Change::Refused => {
+                if let Location::Port(port) = location {
+                    *self.desired.refused.entry(port).or_default() += 1;
+                }
+            }
             Change::New { evicted } => {
                 if let Some(evicted) = evicted {
                     self.tables.fdb.remove(network, evicted);
@@ -189,6 +220,10 @@ impl Control {
             self.tables.fdb.remove(network, mac);
             self.mark(Dirty::Change);
         }
+        let silent = self.groups.age(now_ns);
+        self.set_groups(silent);
+        self.ask_for_groups(now_ns);
+        self.resolve_tagged(now_ns);
     }
 
     /// Tells what an uplink is now, or why it is not usable.

@@ -42,6 +42,8 @@ impl Control {
             Request::PeerList => Answer::Peers { peers: self.peers() },
             Request::FdbList { network } => Answer::Fdb { stations: self.stations(now_ns, self.filter(network)?) },
             Request::RouteList { network } => Answer::Routes { routes: self.routes(self.filter(network)?) },
+            Request::MirrorList => Answer::Mirrors { mirrors: self.desired.mirrors.values().cloned().collect() },
+            Request::GroupList => Answer::Groups { groups: self.group_list(now_ns) },
             Request::NeighborList => Answer::Neighbors { neighbors: self.neighbors() },
             Request::FlowList { limit } => Answer::Flows { flows: self.flows(now_ns, limit, backend) },
             Request::Stats => Answer::Stats(Box::new(self.stats(&backend.sample()))),
@@ -69,6 +71,7 @@ impl Control {
             owner: spec.owner.clone(),
             netns: spec.netns.clone(),
             labels: spec.labels.clone(),
+            stations_refused: self.desired.refused.get(&id).copied().unwrap_or(0),
             trunk: spec.trunk.clone(),
             bandwidth: spec.bandwidth,
             port_mappings: spec.port_mappings.clone(),
@@ -476,7 +479,7 @@ impl Control {
         }
     }
 
-    fn target(&self, location: Location) -> FdbTarget {
+    pub(crate) fn target(&self, location: Location) -> FdbTarget {
         match location {
             Location::Port(port) => FdbTarget::Port(self.desired.link_name(port)),
             Location::Peer(peer) => FdbTarget::Peer(self.desired.peer_name(peer)),

@@ -5,7 +5,7 @@
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use vswitch_api::{FdbSpec, NetworkSpec, PeerSpec, PortSpec, Request, RouteSpec};
+use vswitch_api::{FdbSpec, MirrorSpec, NetworkSpec, PeerSpec, PortSpec, Request, RouteSpec};
 use vswitch_net::PortId;
 
 use crate::Control;
@@ -37,6 +37,9 @@ pub struct State {
     pub stations: Vec<FdbSpec>,
     /// All ports.
     pub ports: Vec<PortRecord>,
+    /// Mirrors.
+    #[serde(default)]
+    pub mirrors: Vec<MirrorSpec>,
     /// Network, range and last address of the built-in IPAM; numbers as text, being larger than JSON's.
     pub cursors: Vec<(String, IpNet, String)>,
 }
@@ -44,7 +47,7 @@ pub struct State {
 /// Restores in the order of dependence. Gives a sentence for everything that could not be.
 pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Backend) -> Vec<String> {
     let mut lost = Vec::new();
-    let State { networks, peers, routes, stations, ports, cursors, .. } = state;
+    let State { networks, peers, routes, stations, ports, mirrors, cursors, .. } = state;
     let early = networks.into_iter().map(Request::NetworkAdd).chain(peers.into_iter().map(Request::PeerAdd));
     for request in early.chain(routes.into_iter().map(Request::RouteAdd)) {
         if let Err(error) = control.apply(request, backend) {
@@ -64,6 +67,11 @@ pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Bac
     }
     for station in stations {
         if let Err(error) = control.apply(Request::FdbAdd(station), backend) {
+            lost.push(error.message);
+        }
+    }
+    for mirror in mirrors {
+        if let Err(error) = control.apply(Request::MirrorAdd(mirror), backend) {
             lost.push(error.message);
         }
     }

@@ -23,10 +23,15 @@ pub struct PortCounters {
     pub drops: [u64; DropReason::COUNT],
 }
 
+/// In the place of a port: packets that the switch itself made.
+pub const OWN: PortId = PortId(u16::MAX);
+
 /// What one worker counted for all its ports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     ports: Vec<PortCounters>,
+    /// Of packets that the switch itself made.
+    own: PortCounters,
     /// Sum of ports whose numbers were given to others since.
     retired: PortCounters,
     /// Flow lookups that found a valid entry.
@@ -89,19 +94,19 @@ impl Counters {
 
     /// The counters of a port; zeros if it never existed.
     pub fn port(&self, port: PortId) -> PortCounters {
-        self.ports.get(port.index()).copied().unwrap_or_default()
+        if port == OWN { self.own } else { self.ports.get(port.index()).copied().unwrap_or_default() }
     }
 
     /// The counters of a port that was opened.
     #[inline(always)]
     pub(crate) fn port_mut(&mut self, port: PortId) -> Option<&mut PortCounters> {
-        self.ports.get_mut(port.index())
+        if port == OWN { Some(&mut self.own) } else { self.ports.get_mut(port.index()) }
     }
 
     /// Counts a drop for the port that the packet came from.
     #[inline]
     pub(crate) fn drop(&mut self, ingress: PortId, reason: DropReason) {
-        if let Some(port) = self.ports.get_mut(ingress.index()) {
+        if let Some(port) = self.port_mut(ingress) {
             port.drops[reason.index()] += 1;
         }
     }
@@ -109,6 +114,7 @@ impl Counters {
     /// All ports together, those too that are gone.
     pub fn total(&self) -> PortCounters {
         let mut total = self.retired;
+        total.add(&self.own);
         self.ports.iter().for_each(|port| total.add(port));
         total
     }

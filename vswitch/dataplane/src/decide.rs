@@ -10,8 +10,9 @@ use vswitch_net::{MacAddr, PortId};
 use crate::event::Location;
 use crate::icmp;
 use crate::meta::{Kind, Meta};
+use crate::multicast;
 use crate::parse::{ICMPV6, u16_at, u32_at, v6_at};
-use crate::snapshot::{Access, Gateway, NetworkMode, PortKind, SenderCheck, Snapshot};
+use crate::snapshot::{Access, Gateway, Network, NetworkMode, PortKind, SenderCheck, Snapshot};
 use crate::table::route::NextHop;
 use crate::verdict::{Action, DropReason, Rewrite, Verdict};
 
@@ -57,7 +58,7 @@ pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
         Err(reason) => return drop_it(reason),
     };
     match network.mode {
-        NetworkMode::Bridged => bridge(meta, snapshot),
+        NetworkMode::Bridged => bridge(meta, head, network, snapshot),
         NetworkMode::Routed(gateway) => {
             let verdict = route(meta, head, &gateway, origin, snapshot).unwrap_or_else(Verdict::Drop);
             Decision { verdict, learn: None }
@@ -71,7 +72,7 @@ pub(crate) fn is_cacheable(meta: &Meta) -> bool {
 }
 
 /// Forwarding by MAC (802.1Q-2018 section 8.6).
-fn bridge(meta: &Meta, snapshot: &Snapshot) -> Decision {
+fn bridge(meta: &Meta, head: &[u8], network: &Network, snapshot: &Snapshot) -> Decision {
     if is_reserved(meta.destination) {
         return drop_it(DropReason::ReservedMac);
     }
@@ -79,8 +80,20 @@ fn bridge(meta: &Meta, snapshot: &Snapshot) -> Decision {
         Some(peer) => Location::Peer(peer),
         None => Location::Port(meta.ingress),
     };
+    if let Some(Location::Port(owner)) = snapshot.fdb.lookup(meta.network, meta.source)
+        && here != Location::Port(owner)
+        && snapshot.access(owner).is_some_and(|access| access.is_sticky)
+    {
+        return drop_it(DropReason::StickyMac);
+    }
     let verdict = if meta.destination.is_multicast() {
-        Verdict::Flood
+        let is_group =
+            network.multicast_routers.is_some() && (multicast::is_snooped(meta) || multicast::is_report(meta, head));
+        match () {
+            () if meta.peer.is_none() && known_neighbor(meta, head, snapshot).is_some() => Verdict::Reply,
+            () if is_group => Verdict::Group,
+            () => Verdict::Flood,
+        }
     } else {
         match (snapshot.fdb.lookup(meta.network, meta.destination), meta.peer) {
             (None, _) => Verdict::Flood,
@@ -98,6 +111,22 @@ fn bridge(meta: &Meta, snapshot: &Snapshot) -> Decision {
         }
     };
     Decision { verdict, learn: Some(here) }
+}
+
+/// The station that an ARP request or a neighbor solicitation asks for, if the switch knows it: asking is answered here
+/// and goes no further. What a station says of itself, or asks about its own address, goes to all.
+pub(crate) fn known_neighbor(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Option<MacAddr> {
+    let asked: IpAddr = match meta.kind {
+        Kind::Arp => {
+            let arp = Arp::parse(head, usize::from(meta.l3)).ok()?;
+            (arp.is_request && arp.sender != arp.target).then_some(arp.target)?.into()
+        }
+        Kind::V6 if is_discovery(meta) && icmp_type(meta) == NEIGHBOR_SOLICITATION && meta.ttl == 255 => {
+            v6_at(head, usize::from(meta.l4) + 8).ok()?.into()
+        }
+        _ => return None,
+    };
+    snapshot.neighbors.lookup(meta.network, asked).filter(|mac| *mac != meta.source)
 }
 
 /// Forwarding by IP (RFC 1812 section 5).

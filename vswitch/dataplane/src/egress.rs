@@ -12,11 +12,12 @@ use crate::bucket::Bucket;
 use crate::counters::Counters;
 use crate::icmp::{self, Speaker};
 use crate::meta::{Checksum, Kind, Meta};
+use crate::multicast;
 use crate::parse::UDP;
 use crate::port::PortIo;
 use crate::segment;
 use crate::shape::{Held, Queue, Shaped};
-use crate::snapshot::{Network, NetworkMode, Path, PortKind, Snapshot};
+use crate::snapshot::{Mirror, Network, NetworkMode, Path, PortKind, Snapshot};
 use crate::table::route::NextHop;
 use crate::verdict::{DropReason, Rewrite};
 use crate::vxlan::{ETHERNET, ETHERTYPE_VLAN, TAG};
@@ -58,7 +59,13 @@ impl<P: PortIo> Egress<'_, P> {
     #[inline]
     pub(crate) fn local(&mut self, mut packet: Packet, meta: &Meta, port: PortId, rewrite: Option<Rewrite>) {
         match self.prepare(&mut packet, meta, port, rewrite) {
-            Ok(request) => self.shape(packet, meta.ingress, port, request),
+            Ok(request) => {
+                let snapshot = self.snapshot;
+                for &mirror in snapshot.port(port).map_or(&[][..], |port| &port.mirrors_to) {
+                    self.mirror(&packet, meta, mirror, request.map_or(meta.l4, |request| request.start));
+                }
+                self.shape(packet, meta.ingress, port, request);
+            }
             Err(reason) => {
                 let mtu = self.snapshot.port(port).map_or(0, |port| port.mtu);
                 self.refuse(packet, meta, reason, mtu, |egress, part, meta| egress.local(part, meta, port, rewrite));
@@ -90,9 +97,24 @@ impl<P: PortIo> Egress<'_, P> {
 
     /// To every other port of the network and, if it did not come from the wire, to every peer of it.
     pub(crate) fn flood(&mut self, packet: Packet, meta: &Meta, network: &Network) {
+        self.replicate(packet, meta, &network.ports, &network.flood_peers, DropReason::NoReceiver);
+    }
+
+    /// To the members of a packet's group, and to multicast routers; a report to those and to the network's peers.
+    pub(crate) fn multicast(&mut self, packet: Packet, meta: &Meta, network: &Network) {
+        let Some(routers) = &network.multicast_routers else { return self.flood(packet, meta, network) };
+        if multicast::is_report(meta, packet.head().data()) {
+            return self.replicate(packet, meta, &routers.ports, &network.flood_peers, DropReason::NoReceiver);
+        }
+        let group = meta.addresses().map(|(_, group)| group);
+        let members = group.and_then(|group| self.snapshot.groups.lookup(meta.network, group)).unwrap_or(routers);
+        self.replicate(packet, meta, &members.ports, &members.peers, DropReason::NoMember);
+    }
+
+    fn replicate(&mut self, packet: Packet, meta: &Meta, ports: &[PortId], peers: &[PeerIndex], nobody: DropReason) {
         let mut receivers = 0;
         let sender = self.snapshot.access(meta.ingress);
-        for &port in network.ports.iter().filter(|&&port| port != meta.ingress) {
+        for &port in ports.iter().filter(|&&port| port != meta.ingress) {
             let is_apart = sender.is_some_and(|sender| sender.is_isolated)
                 && self.snapshot.access(port).is_some_and(|receiver| receiver.is_isolated);
             if is_apart {
@@ -104,7 +126,7 @@ impl<P: PortIo> Egress<'_, P> {
             }
         }
         if meta.peer.is_none() {
-            for &peer in &network.flood_peers {
+            for &peer in peers {
                 receivers += 1;
                 if let Some(copy) = self.copy(&packet, meta.ingress) {
                     self.encap(copy, meta, peer, meta.network, None);
@@ -112,13 +134,51 @@ impl<P: PortIo> Egress<'_, P> {
             }
         }
         if receivers == 0 {
-            return self.drop(packet, meta.ingress, DropReason::NoReceiver);
+            return self.drop(packet, meta.ingress, nobody);
         }
         // Every receiver had a copy of its own; the original is the one too many.
         if let Some(counters) = self.counters.port_mut(meta.ingress) {
             counters.copies -= 1;
         }
         self.umem.free_packet(packet);
+    }
+
+    /// Copies of what a port sent, as it came, to whom they are due.
+    pub(crate) fn mirror_from(&mut self, packet: &Packet, meta: &Meta) {
+        let snapshot = self.snapshot;
+        for &mirror in snapshot.port(meta.ingress).map_or(&[][..], |port| &port.mirrors_from) {
+            self.mirror(packet, meta, mirror, meta.l4);
+        }
+    }
+
+    /// A copy to one who gets it. It keeps no order with the packet itself, and is lost before it is.
+    fn mirror(&mut self, packet: &Packet, meta: &Meta, mirror: Mirror, l4: u16) {
+        let Some(copy) = self.copy(packet, meta.ingress) else { return };
+        match mirror {
+            Mirror::Port(port) => {
+                let request = match meta.checksum {
+                    Checksum::Complete => None,
+                    Checksum::Partial { offset } => Some(TxChecksum { start: l4, offset }),
+                };
+                let fits =
+                    self.snapshot.port(port).is_some_and(|info| copy.len() <= info.mtu as usize + ETHERNET + TAG);
+                if fits {
+                    self.send(copy, meta.ingress, port, request);
+                } else {
+                    self.drop(copy, meta.ingress, DropReason::TooBigForPort);
+                }
+            }
+            Mirror::Peer(peer, network) => {
+                // Of no connection with its segment size, and never a reason to speak to the sender.
+                let l3 = meta.l3 + (l4 - meta.l4);
+                let meta = Meta { l3, l4, is_syn: false, ..*meta };
+                let mut copy = copy;
+                match self.encapsulate(&mut copy, &meta, peer, network, None) {
+                    Ok(port) => self.send(copy, meta.ingress, port, None),
+                    Err(reason) => self.drop(copy, meta.ingress, reason),
+                }
+            }
+        }
     }
 
     /// Back to where the packet of `meta` came from: the port, the peer, or the peer behind an address of the underlay.
@@ -433,7 +493,7 @@ fn apply(packet: &mut Packet, meta: &Meta, rewrite: &Rewrite) -> Result<(), Drop
 }
 
 /// Puts an 802.1Q tag after the MAC addresses.
-fn push_tag(packet: &mut Packet, vid: u16) -> Result<(), DropReason> {
+pub(crate) fn push_tag(packet: &mut Packet, vid: u16) -> Result<(), DropReason> {
     if !packet.head_mut().push_front(TAG) {
         return Err(DropReason::NoHeadroom);
     }

@@ -1,6 +1,10 @@
 //! What a worker tells the control thread: learned MAC addresses. Bounded and deduplicated.
 
+use std::net::IpAddr;
+
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
+
+use crate::multicast::Membership;
 
 /// Where a station is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,6 +27,22 @@ pub enum Event {
         /// Where it is.
         location: Location,
     },
+    /// Somebody of a tagged underlay told of himself.
+    Neighbor {
+        /// His address.
+        address: IpAddr,
+        /// His MAC address.
+        mac: MacAddr,
+    },
+    /// A station said something of a multicast group.
+    Group {
+        /// Its network.
+        network: NetworkIndex,
+        /// Where it is.
+        location: Location,
+        /// What it said.
+        membership: Membership,
+    },
 }
 
 /// A station that is still where it was is reported this often.
@@ -34,17 +54,22 @@ const SLOTS: usize = 4096;
 /// Events that a worker keeps until they are drained.
 const CAPACITY: usize = 1024;
 
+/// Of these, about groups: who floods them takes no room from stations.
+const GROUPS: usize = 256;
+
 /// Collects events, at most one a second for the same station at the same place.
 #[derive(Debug)]
 pub(crate) struct Events {
     queue: Vec<Event>,
+    /// How many in the queue are about groups.
+    groups: usize,
     recent: Box<[(u64, Location, u64)]>,
 }
 
 impl Events {
     pub(crate) fn new() -> Events {
         let none = (u64::MAX, Location::Port(PortId(u16::MAX)), 0);
-        Events { queue: Vec::with_capacity(CAPACITY), recent: vec![none; SLOTS].into_boxed_slice() }
+        Events { queue: Vec::with_capacity(CAPACITY + GROUPS), groups: 0, recent: vec![none; SLOTS].into_boxed_slice() }
     }
 
     /// Notes that a station was seen. False if the queue was full.
@@ -55,7 +80,7 @@ impl Events {
         if known == station && place == location && now_ns < until {
             return true;
         }
-        if self.queue.len() == CAPACITY {
+        if self.queue.len() - self.groups == CAPACITY {
             return false;
         }
         self.recent[slot] = (station, location, now_ns.saturating_add(REPEAT_NS));
@@ -63,7 +88,26 @@ impl Events {
         true
     }
 
+    /// Notes what was said of a group. False if there was too much of that.
+    pub(crate) fn group(&mut self, network: NetworkIndex, location: Location, membership: Membership) -> bool {
+        let has_room = self.groups < GROUPS;
+        if has_room {
+            self.groups += 1;
+            self.queue.push(Event::Group { network, location, membership });
+        }
+        has_room
+    }
+
+    /// Notes a neighbor of a tagged underlay. What finds no room is asked for again.
+    pub(crate) fn neighbor(&mut self, address: IpAddr, mac: MacAddr) {
+        if self.groups < GROUPS {
+            self.groups += 1;
+            self.queue.push(Event::Neighbor { address, mac });
+        }
+    }
+
     pub(crate) fn drain(&mut self) -> impl Iterator<Item = Event> + '_ {
+        self.groups = 0;
         self.queue.drain(..)
     }
 
@@ -85,7 +129,11 @@ mod tests {
         assert!(events.seen(1, network, mac, here));
         assert!(events.seen(2, network, mac, there));
         assert!(events.seen(REPEAT_NS + 2, network, mac, there));
-        let places: Vec<_> = events.drain().map(|Event::Seen { location, .. }| location).collect();
+        let place = |event| match event {
+            Event::Seen { location, .. } => Some(location),
+            Event::Group { .. } | Event::Neighbor { .. } => None,
+        };
+        let places: Vec<_> = events.drain().filter_map(place).collect();
         assert_eq!(places, [here, there, there]);
     }
 

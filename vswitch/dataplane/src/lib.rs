@@ -24,6 +24,7 @@ pub mod egress;
 mod event;
 mod icmp;
 pub mod meta;
+mod multicast;
 pub mod parse;
 mod port;
 mod reply;
@@ -31,6 +32,7 @@ mod segment;
 mod shape;
 mod snapshot;
 pub mod table;
+mod tagged;
 mod verdict;
 pub mod vxlan;
 mod worker;
@@ -38,9 +40,11 @@ mod worker;
 pub use bucket::Bucket;
 pub use counters::{Counters, PortCounters};
 pub use event::{Event, Location};
+pub use multicast::Membership;
 pub use port::PortIo;
 pub use snapshot::{
-    Access, Gateway, Limits, Network, NetworkMode, Path, Peer, Port, PortKind, SenderCheck, Snapshot, Underlay,
+    Access, Gateway, Limits, Mirror, Network, NetworkMode, Path, Peer, Port, PortKind, Receivers, SenderCheck,
+    Snapshot, Storm, Underlay,
 };
 pub use verdict::{Action, DropReason, Rewrite, Verdict};
 pub use worker::{BURST, Turn, Worker, WorkerConfig};

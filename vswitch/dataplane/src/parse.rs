@@ -121,18 +121,33 @@ fn untag(packet: &mut Packet, access: &Access) -> Result<NetworkIndex, DropReaso
 }
 
 /// The VLAN of the outermost tag, if that is an 802.1Q one.
-fn vlan_of(head: &[u8]) -> Option<u16> {
+pub(crate) fn vlan_of(head: &[u8]) -> Option<u16> {
     let [.., t0, t1, v0, v1] = head.first_chunk::<16>()?;
     (u16::from_be_bytes([*t0, *t1]) == ETHERTYPE_VLAN).then(|| u16::from_be_bytes([*v0, *v1]) & VID)
 }
 
-fn pop_tag(packet: &mut Packet) -> Result<(), DropReason> {
+pub(crate) fn pop_tag(packet: &mut Packet) -> Result<(), DropReason> {
     let head = packet.head_mut();
     if head.len() < ETHERNET + TAG {
         return Err(DropReason::Truncated);
     }
     head.data_mut().copy_within(..12, TAG);
     if head.pull_front(TAG) { Ok(()) } else { Err(DropReason::Truncated) }
+}
+
+/// Reads a packet that the switch made itself.
+///
+/// # Errors
+///
+/// The reason to drop it.
+pub(crate) fn parse_own(
+    packet: &Packet,
+    ingress: PortId,
+    network: NetworkIndex,
+    snapshot: &Snapshot,
+    seed: u64,
+) -> Result<Meta, DropReason> {
+    parse_frame(packet, Origin { ingress, network, peer: None }, snapshot, seed)
 }
 
 struct Origin {

@@ -1,4 +1,4 @@
-//! The switch's own answers: who has the gateway's address.
+//! The switch's own answers: who has the gateway's address, or a station's that it knows.
 //!
 //! A request is turned into its answer in place and goes back out of the port it came from. Built with smoltcp's wire
 //! types: this is not the hot path.
@@ -12,28 +12,34 @@ use vswitch_net::MacAddr;
 use vswitch_xsk::Packet;
 
 use crate::meta::{Kind, Meta};
-use crate::snapshot::Gateway;
 use crate::verdict::DropReason;
 
 /// All nodes of the link (RFC 4291 section 2.7.1).
 const ALL_NODES: Ipv6Address = Ipv6Address::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 
-/// Turns an ARP request or a neighbor solicitation for the gateway into the answer.
+/// Turns an ARP request or a neighbor solicitation into the answer of the station that it asks for.
 ///
 /// # Errors
 ///
 /// The reason to drop it, if it is not what [`decide`](crate::decide) took it for.
-pub(crate) fn answer(packet: &mut Packet, meta: &Meta, gateway: &Gateway) -> Result<(), DropReason> {
+pub(crate) fn answer(packet: &mut Packet, meta: &Meta, station: Station) -> Result<(), DropReason> {
     if packet.frames() > 1 {
         return Err(DropReason::Malformed);
     }
     match meta.kind {
-        Kind::Arp => answer_arp(packet, gateway),
-        _ => answer_solicitation(packet, gateway),
+        Kind::Arp => answer_arp(packet, station),
+        _ => answer_solicitation(packet, station),
     }
 }
 
-fn answer_arp(packet: &mut Packet, gateway: &Gateway) -> Result<(), DropReason> {
+/// Who is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Station {
+    pub(crate) mac: MacAddr,
+    pub(crate) is_router: bool,
+}
+
+fn answer_arp(packet: &mut Packet, station: Station) -> Result<(), DropReason> {
     let request = packet.head().data().get(EthernetFrame::<&[u8]>::header_len()..).ok_or(DropReason::Truncated)?;
     let request =
         ArpPacket::new_checked(request).and_then(|arp| ArpRepr::parse(&arp)).map_err(|_| DropReason::Malformed)?;
@@ -42,13 +48,13 @@ fn answer_arp(packet: &mut Packet, gateway: &Gateway) -> Result<(), DropReason> 
     };
     let reply = ArpRepr::EthernetIpv4 {
         operation: ArpOperation::Reply,
-        source_hardware_addr: ethernet(gateway.mac),
+        source_hardware_addr: ethernet(station.mac),
         source_protocol_addr: target_protocol_addr,
         target_hardware_addr: source_hardware_addr,
         target_protocol_addr: source_protocol_addr,
     };
     let frame = EthernetRepr {
-        src_addr: ethernet(gateway.mac),
+        src_addr: ethernet(station.mac),
         dst_addr: source_hardware_addr,
         ethertype: EthernetProtocol::Arp,
     };
@@ -59,7 +65,7 @@ fn answer_arp(packet: &mut Packet, gateway: &Gateway) -> Result<(), DropReason> 
     Ok(())
 }
 
-fn answer_solicitation(packet: &mut Packet, gateway: &Gateway) -> Result<(), DropReason> {
+fn answer_solicitation(packet: &mut Packet, station: Station) -> Result<(), DropReason> {
     let checksums = ChecksumCapabilities::default();
     let malformed = |_| DropReason::Malformed;
     let request = EthernetFrame::new_checked(packet.head().data()).map_err(malformed)?;
@@ -78,14 +84,15 @@ fn answer_solicitation(packet: &mut Packet, gateway: &Gateway) -> Result<(), Dro
     } else {
         (source, asker, NdiscNeighborFlags::SOLICITED)
     };
-    let mac = ethernet(gateway.mac);
+    let mac = ethernet(station.mac);
+    let router = if station.is_router { NdiscNeighborFlags::ROUTER } else { NdiscNeighborFlags::empty() };
     let advertisement = Icmpv6Repr::Ndisc(NdiscRepr::NeighborAdvert {
-        flags: NdiscNeighborFlags::ROUTER | NdiscNeighborFlags::OVERRIDE | solicited,
+        flags: router | NdiscNeighborFlags::OVERRIDE | solicited,
         target_addr,
         lladdr: Some(HardwareAddress::Ethernet(mac).into()),
     });
     let ip = Ipv6Repr {
-        src_addr: gateway.v6,
+        src_addr: target_addr,
         dst_addr: to,
         next_header: IpProtocol::Icmpv6,
         payload_len: advertisement.buffer_len(),

@@ -11,6 +11,8 @@ use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId, Vni};
 
 use crate::bucket::Bucket;
 use crate::table::fdb::Fdb;
+use crate::table::group::Groups;
+use crate::table::neighbor::Neighbors;
 use crate::table::route::Routes;
 use crate::vxlan::OuterHeader;
 
@@ -35,6 +37,10 @@ pub struct Snapshot {
     pub fdb: Fdb,
     /// Routes of routed networks.
     pub routes: Routes,
+    /// Stations of bridged networks by their addresses, whose ARP and neighbor discovery the switch answers.
+    pub neighbors: Neighbors,
+    /// Members of multicast groups.
+    pub groups: Groups,
 }
 
 /// This node's VTEP.
@@ -61,6 +67,41 @@ pub struct Port {
     pub kind: PortKind,
     /// How much may pass; none for as much as there is.
     pub limits: Option<Arc<Limits>>,
+    /// How much of what goes to many may come; none for as much as there is.
+    pub storm: Option<Arc<Storm>>,
+    /// Who gets a copy of what the port sends.
+    pub mirrors_from: Vec<Mirror>,
+    /// Who gets a copy of what is sent to the port.
+    pub mirrors_to: Vec<Mirror>,
+}
+
+/// How much of what goes to many may come from a port, in packets a second.
+#[derive(Debug, Default)]
+pub struct Storm {
+    /// To everybody.
+    pub broadcast: Option<Bucket>,
+    /// To a group.
+    pub multicast: Option<Bucket>,
+    /// To a station that is not known.
+    pub unknown: Option<Bucket>,
+}
+
+/// Who gets copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mirror {
+    /// A port here.
+    Port(PortId),
+    /// A peer, in VXLAN, in this network.
+    Peer(PeerIndex, NetworkIndex),
+}
+
+/// Who gets a group's packets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Receivers {
+    /// Ports here.
+    pub ports: Vec<PortId>,
+    /// Peers.
+    pub peers: Vec<PeerIndex>,
 }
 
 /// How much may pass a port, in bits a second.
@@ -100,6 +141,8 @@ pub struct Access {
     pub is_isolated: bool,
     /// May get its own packets back.
     pub is_hairpin: bool,
+    /// Stations seen here are believed nowhere else.
+    pub is_sticky: bool,
 }
 
 /// What is checked of a packet from a port.
@@ -128,6 +171,8 @@ pub struct Network {
     pub mss: Option<(u16, u16)>,
     /// Whether 802.1Q and 802.1ad tags are carried as payload.
     pub is_transparent: bool,
+    /// Who gets multicast that nobody has asked for, if the network knows who has asked; none if it goes to all.
+    pub multicast_routers: Option<Receivers>,
     /// Ports here, for flooding.
     pub ports: Vec<PortId>,
     /// Peers to replicate floods to (head-end replication).
@@ -188,6 +233,13 @@ impl Underlay {
     }
 }
 
+impl Port {
+    /// A port without limits and mirrors.
+    pub fn new(mtu: u32, kind: PortKind) -> Port {
+        Port { mtu, kind, limits: None, storm: None, mirrors_from: Vec::new(), mirrors_to: Vec::new() }
+    }
+}
+
 impl Access {
     /// A port of one network, without tags.
     pub fn new(network: NetworkIndex, mac: MacAddr, addresses: Vec<IpAddr>, check: SenderCheck) -> Access {
@@ -200,6 +252,7 @@ impl Access {
             vlans: Vec::new(),
             is_isolated: false,
             is_hairpin: false,
+            is_sticky: false,
         }
     }
 

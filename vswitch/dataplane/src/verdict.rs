@@ -9,6 +9,8 @@ pub enum Verdict {
     Forward(Action),
     /// To every other port of the network, and to its peers if it came from a port here.
     Flood,
+    /// To the members of its group, and to multicast routers.
+    Group,
     /// Back to where it came from: the packet was turned into the switch's own answer.
     Reply,
     /// Nowhere.
@@ -128,6 +130,16 @@ drop_reasons! {
     RateFrom, "rate-from", "the port sends more than its egress rate";
     /// More than the receiving port's rate.
     RateTo, "rate-to", "more than the receiving port's ingress rate";
+    /// Too many broadcasts.
+    StormBroadcast, "storm-broadcast", "more broadcasts than the network lets a port send";
+    /// Too much multicast.
+    StormMulticast, "storm-multicast", "more multicast than the network lets a port send";
+    /// Too much to stations that are not known.
+    StormUnknown, "storm-unknown", "more packets to unknown stations than the network lets a port send";
+    /// A station of a sticky port is seen elsewhere.
+    StickyMac, "sticky-mac", "the source MAC belongs to a sticky port, and was seen elsewhere";
+    /// Multicast that nobody has asked for.
+    NoMember, "no-member", "nobody has joined the multicast group";
     /// Both ports are isolated.
     Isolated, "isolated", "both ports are isolated from each other";
     /// For the gateway's own address, which offers nothing but ARP and neighbor discovery.

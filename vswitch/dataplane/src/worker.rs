@@ -4,23 +4,26 @@
 //! something. A port that has had nothing for a while is handed out to be parked ([`Worker::take_idle`]) until its owner
 //! sees its socket become readable; an idle port then costs nothing.
 
-use vswitch_net::PortId;
+use vswitch_net::{MacAddr, NetworkIndex, PortId};
 use vswitch_xsk::{Packet, Umem, prefetch};
 
 use crate::bucket::Bucket;
 use crate::counters::Counters;
-use crate::decide::{decide, is_cacheable};
+use crate::counters::OWN;
+use crate::decide::{decide, is_cacheable, known_neighbor};
 use crate::egress::{Egress, Ports, Scratch};
 use crate::event::{Event, Events};
 use crate::icmp;
 use crate::meta::Meta;
-use crate::parse::parse;
+use crate::multicast;
+use crate::parse::{parse, parse_own};
 use crate::port::PortIo;
 use crate::reply;
 use crate::shape::{Held, Queue, Shaped};
 use crate::snapshot::{NetworkMode, Snapshot};
 use crate::table::flow::{FlowEntry, FlowTable};
 use crate::table::fragment::{DatagramKey, Fragments};
+use crate::tagged;
 use crate::verdict::{Action, DropReason, Verdict};
 
 /// Most packets of one receive call.
@@ -209,6 +212,38 @@ impl<P: PortIo> Worker<P> {
         Turn { received, is_sending: !self.ports.busy.is_empty(), is_holding: self.counters.held > 0 }
     }
 
+    /// Sends a packet that the switch itself made into a network: as if it came from a port, or from none.
+    pub fn originate(
+        &mut self,
+        now_ns: u64,
+        snapshot: &Snapshot,
+        network: NetworkIndex,
+        from: Option<PortId>,
+        bytes: &[u8],
+    ) {
+        let Worker { umem, ports, counters, scratch, config, .. } = self;
+        let ingress = from.unwrap_or(OWN);
+        let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns };
+        let (Some(packet), Some(info)) = (out.umem.packet_from(bytes), snapshot.network(network)) else { return };
+        count_received(out.counters, ingress, std::slice::from_ref(&packet));
+        match parse_own(&packet, ingress, network, snapshot, config.seed) {
+            Ok(meta) => out.flood(packet, &meta, info),
+            Err(reason) => out.drop(packet, ingress, reason),
+        }
+        self.flush();
+    }
+
+    /// Sends a packet that the switch itself made out of one port, as it is.
+    pub fn originate_by(&mut self, now_ns: u64, snapshot: &Snapshot, port: PortId, bytes: &[u8]) {
+        let Worker { umem, ports, counters, scratch, .. } = self;
+        let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns };
+        if let Some(packet) = out.umem.packet_from(bytes) {
+            count_received(out.counters, OWN, std::slice::from_ref(&packet));
+            out.send(packet, OWN, port, None);
+        }
+        self.flush();
+    }
+
     /// Events since the last call.
     pub fn drain_events(&mut self) -> impl Iterator<Item = Event> + '_ {
         self.events.drain()
@@ -334,11 +369,20 @@ impl<P: PortIo> Worker<P> {
         for packet in packets.iter() {
             prefetch(packet.head().first_byte());
         }
+        let is_tagged = snapshot.underlay.vlan.is_some() && snapshot.access(ingress).is_none();
+        let is_mirrored = snapshot.port(ingress).is_some_and(|port| !port.mirrors_from.is_empty());
         for mut packet in packets.drain(..) {
+            if is_tagged && tagged::is_ours(&packet, snapshot) {
+                tagged::take(packet, ingress, config.seed, &mut out, events);
+                continue;
+            }
             let parsed = parse(&mut packet, ingress, snapshot, config.seed)
                 .and_then(|meta| follow(fragments, meta, now_ns, config.seed));
             match parsed {
                 Ok(meta) => {
+                    if is_mirrored {
+                        out.mirror_from(&packet, &meta);
+                    }
                     flows.prefetch(meta.hash);
                     slots.push(Slot { packet: Some(packet), meta, found: None, action: None });
                 }
@@ -423,11 +467,20 @@ fn miss<P: PortIo>(
     if let Verdict::Forward(action) = decision.verdict {
         return Some(action);
     }
+    let network = out.snapshot.network(meta.network)?;
+    if let (Some(_), Some(location)) = (&network.multicast_routers, decision.learn) {
+        multicast::memberships(meta, packet.head().data(), |membership| {
+            if !events.group(meta.network, location, membership) {
+                out.counters.events_lost += 1;
+            }
+        });
+    }
     let mut packet = slot.take()?;
     match decision.verdict {
-        Verdict::Flood => match out.snapshot.network(meta.network) {
-            Some(network) => out.flood(packet, meta, network),
-            None => out.drop(packet, meta.ingress, DropReason::UnknownVni),
+        Verdict::Flood | Verdict::Group => match storm(meta, out) {
+            Err(reason) => out.drop(packet, meta.ingress, reason),
+            Ok(()) if decision.verdict == Verdict::Group => out.multicast(packet, meta, network),
+            Ok(()) => out.flood(packet, meta, network),
         },
         Verdict::Reply => match answer(&mut packet, meta, out.snapshot) {
             Ok(()) => out.back(packet, meta),
@@ -438,6 +491,17 @@ fn miss<P: PortIo>(
         Verdict::Forward(_) => {}
     }
     None
+}
+
+/// Whether a port may send another packet to many.
+fn storm<P>(meta: &Meta, out: &Egress<'_, P>) -> Result<(), DropReason> {
+    let Some(storm) = out.snapshot.port(meta.ingress).and_then(|port| port.storm.as_ref()) else { return Ok(()) };
+    let (bucket, reason) = match () {
+        () if meta.destination == MacAddr::BROADCAST => (&storm.broadcast, DropReason::StormBroadcast),
+        () if meta.destination.is_multicast() => (&storm.multicast, DropReason::StormMulticast),
+        () => (&storm.unknown, DropReason::StormUnknown),
+    };
+    if bucket.as_ref().is_none_or(|bucket| bucket.take(out.now_ns, 1)) { Ok(()) } else { Err(reason) }
 }
 
 /// A fragment belongs to the flow of its datagram.
@@ -457,7 +521,13 @@ fn answer(packet: &mut Packet, meta: &Meta, snapshot: &Snapshot) -> Result<(), D
         Some(NetworkMode::Routed(gateway)) if icmp::is_echo_request(meta) => {
             icmp::answer_echo(packet, meta, gateway.mac)
         }
-        Some(NetworkMode::Routed(gateway)) => reply::answer(packet, meta, &gateway),
-        _ => Err(DropReason::NeighborIgnored),
+        Some(NetworkMode::Routed(gateway)) => {
+            reply::answer(packet, meta, reply::Station { mac: gateway.mac, is_router: true })
+        }
+        Some(NetworkMode::Bridged) => {
+            let mac = known_neighbor(meta, packet.head().data(), snapshot).ok_or(DropReason::NeighborIgnored)?;
+            reply::answer(packet, meta, reply::Station { mac, is_router: false })
+        }
+        None => Err(DropReason::NeighborIgnored),
     }
 }

@@ -2,8 +2,8 @@
  *
  * Ours is VXLAN to our VTEP: UDP, unfragmented, to one of our VTEP addresses and our port (RFC 7348 section 5). IPv6 is
  * ours only without extension headers, as VTEPs send it. Where peers are routed to directly, ours is also what comes
- * from an address of the cluster and goes to one of this node's pods. Either way with the tag of the underlay, if it has
- * one, and else without. Without a socket it passes too.
+ * from an address of the cluster and goes to one of this node's pods. All with the tag of the underlay, if it has one,
+ * and else without; under a tag ARP and neighbor discovery are ours too. Without a socket it passes too.
  */
 #include "common.h"
 
@@ -118,6 +118,20 @@ static __always_inline int is_direct(void *at, void *end, __be16 proto)
 	return 0;
 }
 
+/* ARP, neighbor solicitation and advertisement under a tag of our own: the kernel has no device for them. */
+static __always_inline int is_neighbor(void *at, void *end, __be16 proto, __be16 vid)
+{
+	struct ipv6hdr *ip = at;
+	__u8 *type = at + sizeof(*ip);
+
+	if (!vid)
+		return 0;
+	if (proto == be16(ETH_P_ARP))
+		return 1;
+	return proto == be16(ETH_P_IPV6) && (void *)(type + 1) <= end && ip->nexthdr == IPPROTO_ICMPV6 &&
+	       (*type == 135 || *type == 136);
+}
+
 SEC("xdp.frags")
 int uplink(struct xdp_md *ctx)
 {
@@ -143,7 +157,7 @@ int uplink(struct xdp_md *ctx)
 	}
 	if (vid != *(__u16 *)vtep->vlan)
 		return XDP_PASS;
-	if (!is_ours(at, end, proto, vtep) && !is_direct(at, end, proto))
+	if (!is_ours(at, end, proto, vtep) && !is_neighbor(at, end, proto, vid) && !is_direct(at, end, proto))
 		return XDP_PASS;
 	return bpf_redirect_map(&SOCKETS, ctx->rx_queue_index, XDP_PASS);
 }

@@ -3,5 +3,7 @@
 pub mod fdb;
 pub mod flow;
 pub mod fragment;
+pub mod group;
+pub mod neighbor;
 pub mod route;
 mod sharded;

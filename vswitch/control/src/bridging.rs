@@ -1,0 +1,292 @@
+//! What bridged networks do beyond forwarding: groups, known neighbors, mirrors, and what the switch itself sends there.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use vswitch_api::{Answer, ApiError, FdbTarget, GroupInfo, MirrorDirection, MirrorSpec, NetworkMode};
+use vswitch_dataplane::{Bucket, Location, Membership, Mirror, Receivers, Storm};
+use vswitch_net::{GATEWAY_MAC, MacAddr, NetworkIndex, PortId, checksum};
+
+use crate::apply::{check_name, conflict, invalid};
+use crate::desired::{NetworkEntry, not_found};
+use crate::groups::{ASK_NS, Heard};
+use crate::{Control, Dirty};
+
+/// A packet that the switch sends of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Own {
+    /// Where it goes.
+    pub way: OwnWay,
+    /// All of it, from the Ethernet header on.
+    pub bytes: Vec<u8>,
+}
+
+/// Where a packet of the switch's own goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnWay {
+    /// To a network's ports and peers, as if it came from a port, or from none.
+    Flood {
+        /// The network.
+        network: NetworkIndex,
+        /// The port that it goes out for, and not back to.
+        from: Option<PortId>,
+    },
+    /// Out of one port.
+    Port(PortId),
+}
+
+impl Control {
+    /// Packets to send, since the last call.
+    pub fn take_own(&mut self) -> Vec<Own> {
+        std::mem::take(&mut self.own)
+    }
+
+    /// Takes note of what a station said of a group.
+    pub(crate) fn hear_group(&mut self, now_ns: u64, network: NetworkIndex, at: Location, membership: Membership) {
+        if !self.desired.is_at(network, at) || !self.snoops(network) {
+            return;
+        }
+        if let Some(heard) = self.groups.heard(now_ns, network, at, membership) {
+            self.set_group(network, heard);
+        }
+    }
+
+    pub(crate) fn set_groups(&mut self, changed: Vec<(NetworkIndex, Heard)>) {
+        changed.into_iter().for_each(|(network, heard)| self.set_group(network, heard));
+    }
+
+    fn set_group(&mut self, network: NetworkIndex, heard: Heard) {
+        let groups: Vec<IpAddr> = match heard {
+            Heard::Group(group) => vec![group],
+            Heard::Router => self.groups.groups(network).map(|(group, _)| group).collect(),
+        };
+        for group in groups {
+            self.tables.groups.set(network, group, self.groups.receivers(network, group));
+        }
+        // Nothing of this is in the flow table, so no entry is stale.
+        self.mark(Dirty::Addition);
+    }
+
+    /// Who gets unwanted multicast of a network; none if it does not snoop.
+    pub(crate) fn multicast_routers(&self, entry: &NetworkEntry) -> Option<Receivers> {
+        entry.spec.multicast_snooping.then(|| self.groups.routers(entry.index))
+    }
+
+    fn snoops(&self, network: NetworkIndex) -> bool {
+        self.desired.networks.values().any(|entry| entry.index == network && entry.spec.multicast_snooping)
+    }
+
+    /// Asks the ports of snooping networks which groups they want, when it is time.
+    pub(crate) fn ask_for_groups(&mut self, now_ns: u64) {
+        let is_due = self.asked_ns.is_none_or(|asked| now_ns.saturating_sub(asked) >= ASK_NS);
+        if !is_due {
+            return;
+        }
+        self.asked_ns = Some(now_ns);
+        let snooping: Vec<NetworkIndex> = self
+            .desired
+            .networks
+            .values()
+            .filter(|entry| entry.spec.multicast_snooping)
+            .map(|entry| entry.index)
+            .collect();
+        for network in snooping {
+            self.ask(network, None);
+        }
+    }
+
+    fn ask(&mut self, network: NetworkIndex, from: Option<PortId>) {
+        for bytes in [igmp_query(), mld_query()] {
+            self.own.push(Own { way: OwnWay::Flood { network, from }, bytes });
+        }
+    }
+
+    /// A station came to a port: others may have it elsewhere, and hear of the move now (RFC 5227 section 3, RFC 4861
+    /// section 7.2.6).
+    pub(crate) fn announce(&mut self, network: NetworkIndex, port: PortId, mac: MacAddr, addresses: &[IpAddr]) {
+        for &address in addresses {
+            let bytes = match address {
+                IpAddr::V4(v4) => gratuitous_arp(mac, v4),
+                IpAddr::V6(v6) => unsolicited_advertisement(mac, v6),
+            };
+            self.own.push(Own { way: OwnWay::Flood { network, from: Some(port) }, bytes });
+        }
+        if self.snoops(network) {
+            // The newcomer is asked with all others; what it wants is known without waiting for the next round.
+            self.ask(network, None);
+        }
+    }
+
+    /// The storm limits of a network, as each of its ports holds them.
+    pub(crate) fn storm_of(entry: &NetworkEntry) -> Option<Storm> {
+        let limits = entry.spec.storm?;
+        let bucket = |rate: u64| (rate > 0).then(|| Bucket::new(rate, (rate / 10).max(10)));
+        Some(Storm {
+            broadcast: bucket(limits.broadcast),
+            multicast: bucket(limits.multicast),
+            unknown: bucket(limits.unknown_unicast),
+        })
+    }
+
+    pub(crate) fn add_mirror(&mut self, spec: MirrorSpec) -> Result<Answer, ApiError> {
+        check_name("mirror", &spec.name)?;
+        if self.desired.mirrors.contains_key(&spec.name) {
+            return Err(conflict(format!("mirror \"{}\" exists: remove it first, or choose another name", spec.name)));
+        }
+        if spec.ports.is_empty() {
+            return Err(invalid("ports: a mirror needs a port to look at"));
+        }
+        for link in &spec.ports {
+            if self.desired.port_of_link(link).is_none() {
+                return Err(not_found(format!("no port of link {link}: `switchctl port list` shows them")));
+            }
+        }
+        match &spec.to {
+            FdbTarget::Port(link) => {
+                let is_seen = spec.ports.contains(link);
+                if self.desired.port_of_link(link).is_none() || is_seen {
+                    return Err(invalid(format!(
+                        "to: {link} is no port, or one that is looked at: name another port (`switchctl port list`)"
+                    )));
+                }
+                if spec.network.is_some() {
+                    return Err(invalid("network: only a mirror to a peer travels in a network"));
+                }
+            }
+            FdbTarget::Peer(peer) => {
+                self.desired.peer(peer)?;
+                let name = spec.network.as_deref().ok_or_else(|| {
+                    invalid("network: a mirror to a peer needs the network (its VNI) that the copies travel in")
+                })?;
+                let network = self.desired.network(Some(name))?;
+                if network.spec.mode != NetworkMode::Bridged {
+                    return Err(invalid(format!("network: \"{name}\" is routed; copies travel in a bridged one")));
+                }
+            }
+        }
+        self.desired.mirrors.insert(spec.name.clone(), spec);
+        self.mark(Dirty::Change);
+        Ok(Answer::Done)
+    }
+
+    pub(crate) fn remove_mirror(&mut self, name: &str) -> Result<Answer, ApiError> {
+        if self.desired.mirrors.remove(name).is_none() {
+            return Err(not_found(format!("no mirror \"{name}\": `switchctl mirror list` shows them")));
+        }
+        self.mark(Dirty::Change);
+        Ok(Answer::Done)
+    }
+
+    /// Who gets copies of what a port sends, and of what is sent to it.
+    pub(crate) fn mirrors_of(&self, link: &str) -> (Vec<Mirror>, Vec<Mirror>) {
+        let (mut from, mut to) = (Vec::new(), Vec::new());
+        for spec in self.desired.mirrors.values().filter(|spec| spec.ports.iter().any(|port| port == link)) {
+            let target = match &spec.to {
+                FdbTarget::Port(link) => self.desired.port_of_link(link).map(Mirror::Port),
+                FdbTarget::Peer(name) => {
+                    let network = spec.network.as_ref().and_then(|name| self.desired.networks.get(name));
+                    let peer = self.desired.peers.get(name);
+                    peer.zip(network).map(|(peer, network)| Mirror::Peer(peer.index, network.index))
+                }
+            };
+            let Some(target) = target else { continue };
+            if spec.direction != MirrorDirection::To {
+                from.push(target);
+            }
+            if spec.direction != MirrorDirection::From {
+                to.push(target);
+            }
+        }
+        (from, to)
+    }
+
+    pub(crate) fn group_list(&self, now_ns: u64) -> Vec<GroupInfo> {
+        let mut groups = Vec::new();
+        for entry in self.desired.networks.values() {
+            for (group, members) in self.groups.groups(entry.index) {
+                groups.extend(members.iter().map(|(&at, &seen)| GroupInfo {
+                    network: entry.spec.name.clone(),
+                    group,
+                    at: self.target(at),
+                    age_seconds: now_ns.saturating_sub(seen) / 1_000_000_000,
+                }));
+            }
+        }
+        groups
+    }
+}
+
+pub(crate) fn ethernet(to: MacAddr, from: MacAddr, ethertype: u16) -> Vec<u8> {
+    [&to.0[..], &from.0[..], &ethertype.to_be_bytes()[..]].concat()
+}
+
+/// An announcement: a request for one's own address (RFC 5227 section 3).
+fn gratuitous_arp(mac: MacAddr, address: Ipv4Addr) -> Vec<u8> {
+    let mut frame = ethernet(MacAddr::BROADCAST, mac, 0x0806);
+    frame.extend_from_slice(&[0, 1, 8, 0, 6, 4, 0, 1]);
+    frame.extend_from_slice(&mac.0);
+    frame.extend_from_slice(&address.octets());
+    frame.extend_from_slice(&[0; 6]);
+    frame.extend_from_slice(&address.octets());
+    frame
+}
+
+/// An unsolicited neighbor advertisement that overrides (RFC 4861 section 7.2.6).
+fn unsolicited_advertisement(mac: MacAddr, address: Ipv6Addr) -> Vec<u8> {
+    let all = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+    let mut body = vec![136, 0, 0, 0, 0x20, 0, 0, 0];
+    body.extend_from_slice(&address.octets());
+    body.extend_from_slice(&[2, 1]);
+    body.extend_from_slice(&mac.0);
+    icmpv6(MacAddr([0x33, 0x33, 0, 0, 0, 1]), mac, address, all, 255, &[], body)
+}
+
+/// A general query of IGMPv2, which v3 hosts understand too (RFC 2236 section 2), from nobody (RFC 4541 section 2.1.1).
+fn igmp_query() -> Vec<u8> {
+    let mut frame = ethernet(MacAddr([1, 0, 0x5e, 0, 0, 1]), GATEWAY_MAC, 0x0800);
+    // Router alert (RFC 2113), precedence 6, hop limit 1.
+    let mut ip = [0x46, 0xc0, 0, 32, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 224, 0, 0, 1, 148, 4, 0, 0];
+    let sum = checksum::finish(checksum::sum(&ip));
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    let mut igmp = [0x11, 100, 0, 0, 0, 0, 0, 0];
+    let sum = checksum::finish(checksum::sum(&igmp));
+    igmp[2..4].copy_from_slice(&sum.to_be_bytes());
+    frame.extend_from_slice(&ip);
+    frame.extend_from_slice(&igmp);
+    frame
+}
+
+/// A general query of MLDv2 (RFC 3810 section 5.1), from the link-local address of the gateway's MAC.
+fn mld_query() -> Vec<u8> {
+    let [a, b, c, d, e, f] = GATEWAY_MAC.0.map(u16::from);
+    let from = Ipv6Addr::new(0xfe80, 0, 0, 0, (a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f);
+    let all = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+    let mut body = vec![130, 0, 0, 0, 0x27, 0x10, 0, 0];
+    body.extend_from_slice(&[0; 16]);
+    // Robustness 2, an interval of 125 seconds, no sources.
+    body.extend_from_slice(&[2, 125, 0, 0]);
+    // Hop-by-hop options with a router alert (RFC 2711) and padding.
+    icmpv6(MacAddr([0x33, 0x33, 0, 0, 0, 1]), GATEWAY_MAC, from, all, 1, &[58, 0, 5, 2, 0, 0, 1, 0], body)
+}
+
+pub(crate) fn icmpv6(
+    to_mac: MacAddr,
+    from_mac: MacAddr,
+    from: Ipv6Addr,
+    to: Ipv6Addr,
+    hops: u8,
+    options: &[u8],
+    mut body: Vec<u8>,
+) -> Vec<u8> {
+    let sum = checksum::pseudo_v6(from, to, 58, body.len() as u32) + checksum::sum(&body);
+    body[2..4].copy_from_slice(&checksum::finish(sum).to_be_bytes());
+    let mut frame = ethernet(to_mac, from_mac, 0x86dd);
+    let length = (options.len() + body.len()) as u16;
+    frame.extend_from_slice(&[0x60, 0, 0, 0]);
+    frame.extend_from_slice(&length.to_be_bytes());
+    frame.extend_from_slice(&[if options.is_empty() { 58 } else { 0 }, hops]);
+    frame.extend_from_slice(&from.octets());
+    frame.extend_from_slice(&to.octets());
+    frame.extend_from_slice(options);
+    frame.extend_from_slice(&body);
+    frame
+}

@@ -1,0 +1,203 @@
+//! Members of multicast groups in bridged networks that snoop (RFC 4541).
+//!
+//! A member is a port or a peer. A port that leaves is out at once, for one pod is behind it; a peer stays until it is
+//! silent, for other members may be behind it. Somebody must ask, or members fall silent: the switch asks itself, as
+//! querier of the network's ports here, and peers hear the answers. Groups and members are bounded, and one port cannot
+//! take what is the others'.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use vswitch_dataplane::{Location, Membership, Receivers};
+use vswitch_net::NetworkIndex;
+
+/// A member that is not heard of is one no more: RFC 3376 section 8.4, robustness 2, interval 125 s, response 10 s.
+pub(crate) const AGE_NS: u64 = 260_000_000_000;
+
+/// How often members are asked (RFC 3376 section 8.2).
+pub(crate) const ASK_NS: u64 = 125_000_000_000;
+
+/// Most groups of one member.
+const OF_MEMBER: usize = 128;
+
+/// Most groups of one network.
+const OF_NETWORK: usize = 4096;
+
+type Group = (NetworkIndex, IpAddr);
+
+/// Who wants what.
+#[derive(Debug, Default)]
+pub(crate) struct Groups {
+    members: BTreeMap<Group, BTreeMap<Location, u64>>,
+    /// Where queries come from.
+    routers: BTreeMap<(NetworkIndex, Location), u64>,
+    /// Memberships that were not taken because there were too many.
+    pub(crate) refused: u64,
+}
+
+impl Groups {
+    /// Takes note. The group whose receivers changed, if any.
+    pub(crate) fn heard(
+        &mut self,
+        now_ns: u64,
+        network: NetworkIndex,
+        at: Location,
+        membership: Membership,
+    ) -> Option<Heard> {
+        match membership {
+            Membership::Query => {
+                let is_new = self.routers.insert((network, at), now_ns).is_none();
+                is_new.then_some(Heard::Router)
+            }
+            Membership::Join(group) => {
+                let key = (network, group);
+                if let Some(seen) = self.members.get_mut(&key).and_then(|members| members.get_mut(&at)) {
+                    *seen = now_ns;
+                    return None;
+                }
+                let of_member = self.members.values().filter(|members| members.contains_key(&at)).count();
+                let of_network = self.members.range((network, FIRST)..).take_while(|((other, _), _)| *other == network);
+                let is_full = !self.members.contains_key(&key) && of_network.count() >= OF_NETWORK;
+                if of_member >= OF_MEMBER || is_full {
+                    self.refused += 1;
+                    return None;
+                }
+                self.members.entry(key).or_default().insert(at, now_ns);
+                Some(Heard::Group(group))
+            }
+            Membership::Leave(_) if matches!(at, Location::Peer(_)) => None,
+            Membership::Leave(group) => self.remove(network, group, at).then_some(Heard::Group(group)),
+        }
+    }
+
+    /// Forgets who was silent too long; what changed.
+    pub(crate) fn age(&mut self, now_ns: u64) -> Vec<(NetworkIndex, Heard)> {
+        let is_old = |seen: u64| now_ns.saturating_sub(seen) >= AGE_NS;
+        self.forget(|_, _, seen| is_old(seen))
+    }
+
+    /// Forgets a place that is gone.
+    pub(crate) fn forget_location(&mut self, at: Location) -> Vec<(NetworkIndex, Heard)> {
+        self.forget(|_, other, _| other == at)
+    }
+
+    /// Forgets a network.
+    pub(crate) fn forget_network(&mut self, network: NetworkIndex) -> Vec<(NetworkIndex, Heard)> {
+        self.forget(|other, _, _| other == network)
+    }
+
+    /// Who gets a group's packets: its members, and the routers.
+    pub(crate) fn receivers(&self, network: NetworkIndex, group: IpAddr) -> Option<Receivers> {
+        let members = self.members.get(&(network, group))?;
+        Some(receivers(members.keys().copied().chain(self.routers_of(network))))
+    }
+
+    /// Who gets reports, and packets of groups that nobody here wants.
+    pub(crate) fn routers(&self, network: NetworkIndex) -> Receivers {
+        receivers(self.routers_of(network))
+    }
+
+    /// The groups of a network that have members.
+    pub(crate) fn groups(&self, network: NetworkIndex) -> impl Iterator<Item = (IpAddr, &BTreeMap<Location, u64>)> {
+        self.members
+            .iter()
+            .filter(move |((other, _), _)| *other == network)
+            .map(|((_, group), members)| (*group, members))
+    }
+
+    fn routers_of(&self, network: NetworkIndex) -> impl Iterator<Item = Location> + '_ {
+        self.routers.keys().filter(move |(other, _)| *other == network).map(|(_, at)| *at)
+    }
+
+    fn remove(&mut self, network: NetworkIndex, group: IpAddr, at: Location) -> bool {
+        let Some(members) = self.members.get_mut(&(network, group)) else { return false };
+        let was_there = members.remove(&at).is_some();
+        if members.is_empty() {
+            self.members.remove(&(network, group));
+        }
+        was_there
+    }
+
+    fn forget(&mut self, gone: impl Fn(NetworkIndex, Location, u64) -> bool) -> Vec<(NetworkIndex, Heard)> {
+        let mut changed = Vec::new();
+        self.members.retain(|&(network, group), members| {
+            let before = members.len();
+            members.retain(|&at, &mut seen| !gone(network, at, seen));
+            if members.len() != before {
+                changed.push((network, Heard::Group(group)));
+            }
+            !members.is_empty()
+        });
+        self.routers.retain(|&(network, at), &mut seen| {
+            let goes = gone(network, at, seen);
+            if goes {
+                changed.push((network, Heard::Router));
+            }
+            !goes
+        });
+        changed
+    }
+}
+
+/// What must be written into the snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Heard {
+    /// One group's receivers.
+    Group(IpAddr),
+    /// A router came or went: all groups of the network.
+    Router,
+}
+
+/// Sorts before every group.
+const FIRST: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
+
+fn receivers(places: impl Iterator<Item = Location>) -> Receivers {
+    let mut receivers = Receivers::default();
+    for place in places {
+        match place {
+            Location::Port(port) if !receivers.ports.contains(&port) => receivers.ports.push(port),
+            Location::Peer(peer) if !receivers.peers.contains(&peer) => receivers.peers.push(peer),
+            _ => {}
+        }
+    }
+    receivers
+}
+
+#[cfg(test)]
+mod tests {
+    use vswitch_net::{PeerIndex, PortId};
+
+    use super::*;
+
+    const NET: NetworkIndex = NetworkIndex(1);
+
+    fn group(number: u32) -> IpAddr {
+        std::net::Ipv4Addr::from_bits(0xe100_0000 + number).into()
+    }
+
+    #[test]
+    fn ports_leave_at_once_and_peers_when_silent() {
+        let (port, peer) = (Location::Port(PortId(9)), Location::Peer(PeerIndex(1)));
+        let mut groups = Groups::default();
+        for at in [port, peer] {
+            assert!(groups.heard(0, NET, at, Membership::Join(group(1))).is_some());
+            groups.heard(1, NET, at, Membership::Leave(group(1)));
+        }
+        let left = groups.receivers(NET, group(1)).unwrap();
+        assert_eq!((left.ports.len(), left.peers.len()), (0, 1));
+        assert!(groups.age(AGE_NS - 1).is_empty());
+        assert_eq!(groups.age(AGE_NS), [(NET, Heard::Group(group(1)))]);
+        assert!(groups.receivers(NET, group(1)).is_none());
+    }
+
+    #[test]
+    fn a_flood_of_joins_is_bounded_and_takes_nothing_from_others() {
+        let mut groups = Groups::default();
+        for number in 0..100_000 {
+            groups.heard(0, NET, Location::Port(PortId(9)), Membership::Join(group(number)));
+        }
+        assert_eq!(groups.members.len(), OF_MEMBER);
+        assert_eq!(groups.refused, 100_000 - OF_MEMBER as u64);
+        assert!(groups.heard(0, NET, Location::Port(PortId(10)), Membership::Join(group(500_000))).is_some());
+    }
+}
