@@ -14,6 +14,7 @@ mod host;
 mod icmp;
 mod kernel_peer;
 mod load;
+mod nfv;
 mod outside;
 mod podman;
 mod restart;

@@ -153,31 +153,27 @@ impl<P: PortIo> Egress<'_, P> {
 
     /// A copy to one who gets it. It keeps no order with the packet itself, and is lost before it is.
     fn mirror(&mut self, packet: &Packet, meta: &Meta, mirror: Mirror, l4: u16) {
-        let Some(copy) = self.copy(packet, meta.ingress) else { return };
+        let Some(mut copy) = self.copy(packet, meta.ingress) else { return };
+        // Of no connection with its segment size, and never a reason to speak to the sender.
+        let meta = Meta { l3: meta.l3 + (l4 - meta.l4), l4, is_syn: false, ..*meta };
         match mirror {
             Mirror::Port(port) => {
-                let request = match meta.checksum {
-                    Checksum::Complete => None,
-                    Checksum::Partial { offset } => Some(TxChecksum { start: l4, offset }),
-                };
+                if let Checksum::Partial { offset } = meta.checksum {
+                    // Who looks wants to see the packet as the wire would have it.
+                    complete(&mut copy, &meta, offset, self.umem);
+                }
                 let fits =
                     self.snapshot.port(port).is_some_and(|info| copy.len() <= info.mtu as usize + ETHERNET + TAG);
                 if fits {
-                    self.send(copy, meta.ingress, port, request);
+                    self.send(copy, meta.ingress, port, None);
                 } else {
                     self.drop(copy, meta.ingress, DropReason::TooBigForPort);
                 }
             }
-            Mirror::Peer(peer, network) => {
-                // Of no connection with its segment size, and never a reason to speak to the sender.
-                let l3 = meta.l3 + (l4 - meta.l4);
-                let meta = Meta { l3, l4, is_syn: false, ..*meta };
-                let mut copy = copy;
-                match self.encapsulate(&mut copy, &meta, peer, network, None) {
-                    Ok(port) => self.send(copy, meta.ingress, port, None),
-                    Err(reason) => self.drop(copy, meta.ingress, reason),
-                }
-            }
+            Mirror::Peer(peer, network) => match self.encapsulate(&mut copy, &meta, peer, network, None) {
+                Ok(port) => self.send(copy, meta.ingress, port, None),
+                Err(reason) => self.drop(copy, meta.ingress, reason),
+            },
         }
     }
 

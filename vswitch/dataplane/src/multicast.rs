@@ -29,10 +29,13 @@ pub enum Membership {
 /// True for an IP packet to a group that is not of this link alone: 224.0.0.0/24 and ff02::/16 go to all
 /// (RFC 4541 section 2.1.2).
 pub(crate) fn is_snooped(meta: &Meta) -> bool {
-    match meta.addresses() {
-        Some((_, IpAddr::V4(v4))) => v4.is_multicast() && v4.octets()[..3] != [224, 0, 0],
-        Some((_, IpAddr::V6(v6))) => v6.is_multicast() && v6.octets()[1] & 15 > 2,
-        None => false,
+    meta.addresses().is_some_and(|(_, destination)| is_group(destination))
+}
+
+fn is_group(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_multicast() && v4.octets()[..3] != [224, 0, 0],
+        IpAddr::V6(v6) => v6.is_multicast() && v6.octets()[1] & 15 > 2,
     }
 }
 
@@ -56,11 +59,7 @@ pub(crate) fn memberships(meta: &Meta, head: &[u8], mut each: impl FnMut(Members
         return;
     };
     match meta.kind {
-        Kind::V4 if meta.protocol == IGMP => {
-            if checksum::fold(checksum::sum(body)) == 0xffff {
-                igmp(body, &mut each);
-            }
-        }
+        Kind::V4 if meta.protocol == IGMP && checksum::fold(checksum::sum(body)) == 0xffff => igmp(body, &mut each),
         Kind::V6 if meta.protocol == ICMPV6 => {
             let Some((IpAddr::V6(source), IpAddr::V6(destination))) = meta.addresses() else { return };
             let pseudo = checksum::pseudo_v6(source, destination, ICMPV6, body.len() as u32);
@@ -117,7 +116,7 @@ fn records(body: &[u8], address: usize, group: impl Fn(usize) -> Option<IpAddr>,
 }
 
 fn each_group(group: Option<IpAddr>, what: fn(IpAddr) -> Membership, each: &mut impl FnMut(Membership)) {
-    if let Some(group) = group.filter(IpAddr::is_multicast) {
+    if let Some(group) = group.filter(|group| is_group(*group)) {
         each(what(group));
     }
 }
