@@ -92,7 +92,7 @@ pub(crate) enum PortCommand {
         link: String,
     },
     /// Plugs in a namespace (its interface is made) or a link that exists.
-    Add(PortAdd),
+    Add(Box<PortAdd>),
     /// Unplugs a port; the link goes too if the switch made it.
     Del(PortDel),
 }
