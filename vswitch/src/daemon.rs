@@ -1,6 +1,8 @@
 //! The control thread: the one writer. Socket, kernel news, workers' events and time all end in [`Control`].
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,8 +16,9 @@ use tokio::sync::{Mutex, Notify};
 use tokio::task::spawn_local;
 use tracing::{debug, info, warn};
 use vswitch_api::{Answer, ApiError, ErrorCode, Request};
-use vswitch_control::{Backend, Control, ControlConfig, HOST_PORT, HostState, UPLINK_PORT};
+use vswitch_control::{Backend, Control, ControlConfig, HOST_PORT, HostState, PodRoutes, UPLINK_PORT};
 use vswitch_dataplane::{Event, Snapshot};
+use vswitch_link::plug::update_routes;
 use vswitch_link::{Follower, Kernel, LinkState, News, Watch};
 use vswitch_net::PortId;
 
@@ -55,6 +58,8 @@ struct Daemon {
     /// The port into the host's stack, once made.
     host: Mutex<Option<HostLink>>,
     followed: Mutex<Followed>,
+    /// Routes that pods are known to have.
+    pod_routes: RefCell<BTreeMap<PortId, PodRoutes>>,
     start: Instant,
 }
 
@@ -180,6 +185,7 @@ impl Daemon {
             stale: Notify::new(),
             host: Mutex::new(None),
             followed: Mutex::new(Followed::default()),
+            pod_routes: RefCell::new(BTreeMap::new()),
             start,
         };
         Ok((daemon, inbox, news))
@@ -332,8 +338,25 @@ impl Daemon {
         self.check_host(&all).await;
         self.carry_out().await;
         self.look_at_followed(&all).await?;
+        self.update_pods().await;
         self.publish();
         Ok(())
+    }
+
+    /// What leaves the node fits the uplink as it is now: pods' routes follow its MTU.
+    async fn update_pods(&self) {
+        let wanted: BTreeMap<PortId, PodRoutes> =
+            self.control.borrow().pod_routes().map(|pod| (pod.port, pod)).collect();
+        // A pod that is new was given its routes when it was plugged in.
+        let known = self.pod_routes.replace(wanted.clone());
+        let changed =
+            wanted.values().filter(|pod| known.get(&pod.port).is_some_and(|known| known.routes != pod.routes));
+        for PodRoutes { netns, mac, routes, .. } in changed {
+            match update_routes(Path::new(netns), *mac, routes).await {
+                Ok(()) => info!("routes of {netns} follow the uplink's MTU"),
+                Err(error) => warn!("routes of {netns} keep their old MTU: {error}"),
+            }
+        }
     }
 
     /// The host's end of its veth may be deleted by anybody; then it is made again.

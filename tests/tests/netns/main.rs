@@ -13,6 +13,7 @@ mod flannel;
 mod host;
 mod icmp;
 mod kernel_peer;
+mod life;
 mod load;
 mod nfv;
 mod outside;

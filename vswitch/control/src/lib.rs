@@ -91,6 +91,19 @@ pub struct ControlConfig {
     pub fdb_limit: usize,
 }
 
+/// What a pod's routes should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodRoutes {
+    /// Its port.
+    pub port: PortId,
+    /// Path of its namespace.
+    pub netns: String,
+    /// MAC address of its interface.
+    pub mac: vswitch_net::MacAddr,
+    /// The routes.
+    pub routes: Vec<vswitch_api::PodRoute>,
+}
+
 /// The one writer of everything the switch decides by.
 #[derive(Debug)]
 pub struct Control {
@@ -276,6 +289,14 @@ impl Control {
     /// The links of all access ports, with their numbers.
     pub fn links(&self) -> impl Iterator<Item = (PortId, &str)> {
         self.desired.ports.iter().map(|(&id, port)| (id, port.record.spec.link.as_str()))
+    }
+
+    /// The routes that each pod should have, with its namespace and MAC address.
+    pub fn pod_routes(&self) -> impl Iterator<Item = PodRoutes> + '_ {
+        self.desired.ports.keys().filter_map(|&id| {
+            let info = self.port_info(id).ok()?;
+            Some(PodRoutes { port: id, netns: info.netns?, mac: info.mac, routes: info.routes })
+        })
     }
 
     /// The next snapshot, if anything has changed since the last one.

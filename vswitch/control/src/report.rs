@@ -66,7 +66,7 @@ impl Control {
             mac: spec.mac,
             addresses: spec.addresses.iter().map(|&address| pod_prefix(address, network)).collect(),
             mtu: entry.record.mtu,
-            routes: self.pod_routes(network, spec, entry.record.mtu),
+            routes: self.routes_of(network, spec, entry.record.mtu),
             attachment: spec.attachment.clone(),
             owner: spec.owner.clone(),
             netns: spec.netns.clone(),
@@ -82,7 +82,7 @@ impl Control {
     }
 
     /// Local destinations get the link's MTU, all others what fits the wire.
-    fn pod_routes(&self, network: &NetworkEntry, spec: &PortSpec, mtu: u32) -> Vec<PodRoute> {
+    fn routes_of(&self, network: &NetworkEntry, spec: &PortSpec, mtu: u32) -> Vec<PodRoute> {
         let addresses = &spec.addresses;
         let wire = Some(self.wire_mtu(&network.spec).min(mtu));
         let mut routes = Vec::new();

@@ -68,7 +68,7 @@ pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
 
 /// Whether packets like this one may take the flow table's way: not those whose contents are judged, which no key holds.
 pub(crate) fn is_cacheable(meta: &Meta) -> bool {
-    meta.kind != Kind::Arp && !is_discovery(meta)
+    meta.kind != Kind::Arp && !is_discovery(meta) && !icmp::is_error(meta)
 }
 
 /// Forwarding by MAC (802.1Q-2018 section 8.6).
@@ -161,6 +161,9 @@ fn route(
     }
     if stays_on_link(source) || stays_on_link(destination) {
         return Err(DropReason::LinkLocal);
+    }
+    if icmp::is_error(meta) && !icmp::quotes_receiver(meta, head) {
+        return Err(DropReason::ForgedError);
     }
     if meta.ttl <= 1 {
         return Err(DropReason::TtlExpired);

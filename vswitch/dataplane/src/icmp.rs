@@ -22,7 +22,7 @@ use vswitch_net::{MacAddr, checksum};
 use vswitch_xsk::Packet;
 
 use crate::meta::{Checksum, Kind, L4Key, Meta};
-use crate::parse::{ICMP, ICMPV6, TCP, UDP};
+use crate::parse::{ICMP, ICMPV6, TCP, UDP, u32_at, v6_at};
 use crate::verdict::DropReason;
 use crate::vxlan::ETHERNET;
 
@@ -103,16 +103,42 @@ pub(crate) fn may_answer(reason: DropReason, meta: &Meta, head: &[u8]) -> bool {
     if meta.source.is_multicast() || meta.destination.is_multicast() || !meta.has_l4() {
         return false;
     }
-    let is_error = match (meta.protocol, head.get(usize::from(meta.l4)).copied()) {
-        (ICMP, Some(kind)) if meta.kind == Kind::V4 => matches!(kind, 3 | 4 | 5 | 11 | 12),
-        (ICMPV6, Some(kind)) if meta.kind == Kind::V6 => kind < 128 || kind == 137,
-        _ => false,
-    };
     let is_one_host = |address: IpAddr| match address {
         IpAddr::V4(v4) => !v4.is_unspecified() && !v4.is_multicast() && !v4.is_broadcast() && !v4.is_loopback(),
         IpAddr::V6(v6) => !v6.is_unspecified() && !v6.is_multicast() && !v6.is_loopback(),
     };
-    !is_error && is_one_host(source) && is_one_host(destination) && Message::of(reason, meta, source, 0).is_some()
+    !is_error_head(meta, head)
+        && is_one_host(source)
+        && is_one_host(destination)
+        && Message::of(reason, meta, source, 0).is_some()
+}
+
+/// True for an ICMP error or redirect.
+pub(crate) fn is_error_head(meta: &Meta, head: &[u8]) -> bool {
+    head.get(usize::from(meta.l4)).is_some_and(|&kind| meta.has_l4() && is_error_kind(meta, kind))
+}
+
+/// As [`is_error_head`], from the flow key.
+pub(crate) fn is_error(meta: &Meta) -> bool {
+    meta.has_l4() && is_error_kind(meta, (meta.key.fields().ports.source >> 8) as u8)
+}
+
+fn is_error_kind(meta: &Meta, kind: u8) -> bool {
+    match meta.protocol {
+        ICMP => meta.kind == Kind::V4 && matches!(kind, 3 | 4 | 5 | 11 | 12),
+        ICMPV6 => meta.kind == Kind::V6 && (kind < 128 || kind == 137),
+        _ => false,
+    }
+}
+
+/// True if an error quotes a packet that its receiver may have sent: one with the receiver as source.
+pub(crate) fn quotes_receiver(meta: &Meta, head: &[u8]) -> bool {
+    let quote = usize::from(meta.l4) + HEADER;
+    match meta.addresses() {
+        Some((_, IpAddr::V4(to))) => u32_at(head, quote + 12).is_ok_and(|source| source == to.to_bits()),
+        Some((_, IpAddr::V6(to))) => v6_at(head, quote + 8).is_ok_and(|source| source == to),
+        None => false,
+    }
 }
 
 /// Writes the error about a packet into `out`, which is emptied first. `head` is the packet's first frame, as it came.

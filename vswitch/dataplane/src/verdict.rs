@@ -142,6 +142,8 @@ drop_reasons! {
     NoMember, "no-member", "nobody has joined the multicast group";
     /// Both ports are isolated.
     Isolated, "isolated", "both ports are isolated from each other";
+    /// An ICMP error about a packet that its receiver did not send (RFC 5927 section 4.1).
+    ForgedError, "forged-error", "an ICMP error that quotes a packet which its receiver cannot have sent";
     /// For the gateway's own address, which offers nothing but ARP and neighbor discovery.
     ToGateway, "to-gateway", "the gateway's address offers nothing but ARP, neighbor discovery and ping";
     /// From or to a link-local, loopback or unspecified address (RFC 4291 section 2.5.6, RFC 3927 section 7).

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use vswitch_api::{Answer, ApiError, Client, ClientError, ErrorCode, PortInfo, PortSpec, Request};
+use vswitch_api::{Answer, ApiError, Client, ClientError, ErrorCode, PodRoute, PortInfo, PortSpec, Request};
 use vswitch_net::{LIMITED_LINK_MTU, MacAddr, POD_LINK_MTU, POD_LINK_MTU_MIN};
 
 use crate::{Kernel, LinkError, Netns, VethSpec, ethtool};
@@ -132,6 +132,24 @@ async fn configure(pod: &Kernel, netns: &Netns, ifname: &str, info: &PortInfo) -
             Err(error) if error.errno() == Some(EEXIST) => return Err(PlugError::RouteExists(route.destination)),
             other => other?,
         }
+    }
+    Ok(())
+}
+
+/// Brings the routes of a pod that is plugged in up to date, as their MTU changes with the uplink's.
+///
+/// # Errors
+///
+/// The kernel's. A pod whose namespace or interface is gone is no error.
+pub async fn update_routes(netns: &Path, mac: MacAddr, routes: &[PodRoute]) -> Result<(), PlugError> {
+    let Ok(netns) = Netns::open(netns) else { return Ok(()) };
+    if netns.is_current() {
+        return Ok(());
+    }
+    let pod = Kernel::within(&netns)?;
+    let Some(link) = pod.links().await?.into_iter().find(|link| link.mac == mac) else { return Ok(()) };
+    for route in routes {
+        pod.replace_route(link.ifindex, route.destination, route.gateway, route.mtu).await?;
     }
     Ok(())
 }

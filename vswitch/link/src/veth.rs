@@ -106,6 +106,27 @@ impl Kernel {
         request.execute().await.map_err(|error| refused(format!("add address {address}"), error))
     }
 
+    /// As [`add_route`](Self::add_route), or changes the route that is there.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn replace_route(
+        &self,
+        ifindex: u32,
+        destination: IpNet,
+        gateway: Option<IpAddr>,
+        mtu: Option<u32>,
+    ) -> Result<(), LinkError> {
+        self.handle
+            .route()
+            .add(pod_route(ifindex, destination, gateway, mtu))
+            .replace()
+            .execute()
+            .await
+            .map_err(|error| refused(format!("change route {destination}"), error))
+    }
+
     /// Adds a route out of a link; without a gateway the destination is on the link.
     ///
     /// # Errors
@@ -118,17 +139,21 @@ impl Kernel {
         gateway: Option<IpAddr>,
         mtu: Option<u32>,
     ) -> Result<(), LinkError> {
-        let mut message = route_message(ifindex, destination, gateway);
-        if let Some(mtu) = mtu {
-            message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
-        }
         self.handle
             .route()
-            .add(message)
+            .add(pod_route(ifindex, destination, gateway, mtu))
             .execute()
             .await
             .map_err(|error| refused(format!("add route {destination}"), error))
     }
+}
+
+fn pod_route(ifindex: u32, destination: IpNet, gateway: Option<IpAddr>, mtu: Option<u32>) -> RouteMessage {
+    let mut message = route_message(ifindex, destination, gateway);
+    if let Some(mtu) = mtu {
+        message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
+    }
+    message
 }
 
 /// Closes the host's stack to a link of ours (kernel document `networking/ip-sysctl.rst`). No route leads to the link, so
