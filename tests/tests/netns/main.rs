@@ -10,6 +10,7 @@ mod bgp;
 mod cni;
 mod evpn;
 mod flannel;
+mod harm;
 mod host;
 mod icmp;
 mod kernel_peer;
