@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use tracing::{debug, info};
 use vswitch_control::Control;
-use vswitch_link::{Forwarding, HOST_PROTOCOL, Kernel, KernelRoute, LinkError, LinkState, News};
+use vswitch_link::{ExternNeighbor, Forwarding, HOST_PROTOCOL, Kernel, KernelRoute, LinkError, LinkState, News};
 use vswitch_net::{MacAddr, NetworkIndex};
 
 use crate::config::Routes;
@@ -34,8 +34,14 @@ struct Device {
     ifindex: u32,
     stations: HashMap<MacAddr, IpAddr>,
     flood: HashSet<IpAddr>,
+    /// The bridge that it is part of.
+    bridge: u32,
+    /// Addresses of stations elsewhere.
+    addresses: HashMap<IpAddr, MacAddr>,
     /// Our port of the bridge, once made.
     face: Option<u32>,
+    /// Addresses of stations here that the bridge was told of.
+    told_addresses: HashMap<IpAddr, MacAddr>,
     /// Stations that the bridge was told of, and when.
     told: HashMap<MacAddr, u64>,
 }
@@ -67,11 +73,13 @@ impl Followed {
         }
         if !self.devices.is_empty() {
             let entries = kernel.forwarding().await?;
+            let neighbors = kernel.extern_neighbors().await?;
             let mut control = control.borrow_mut();
             for (&network, device) in &mut self.devices {
                 let ifindex = device.ifindex;
                 let of_device = entries.iter().filter(|entry| entry.ifindex == ifindex);
                 device.replace(network, of_device, &mut control);
+                device.replace_addresses(network, &neighbors, &mut control);
             }
             control.forget_unused_peers();
         }
@@ -109,6 +117,12 @@ impl Followed {
                     device.hear(network, entry.mac, vtep, is_there, control);
                 }
             }
+            News::Neighbor(entry, is_there) => {
+                let device = self.devices.iter_mut().find(|(_, device)| device.bridge == entry.ifindex);
+                if let Some((&network, device)) = device {
+                    device.hear_address(network, entry.address, entry.mac.filter(|_| is_there), control);
+                }
+            }
             News::Route(..) | News::Lost => {}
         }
     }
@@ -120,11 +134,14 @@ impl Followed {
         self.uplinks = uplinks.to_vec();
         self.devices.retain(|network, _| wanted.iter().any(|(other, _)| other == network));
         for (network, name) in wanted {
-            let ifindex = all.iter().find(|link| link.name == name).map_or(0, |link| link.ifindex);
+            let link = all.iter().find(|link| link.name == name);
+            let ifindex = link.map_or(0, |link| link.ifindex);
+            let bridge = link.and_then(|link| link.master).unwrap_or(0);
             let device = self.devices.entry(network).or_default();
-            if device.ifindex != ifindex {
+            if (device.ifindex, device.bridge) != (ifindex, bridge) {
                 info!("network #{} follows {name} ({ifindex})", network.0);
                 device.ifindex = ifindex;
+                device.bridge = bridge;
                 is_new = true;
             }
         }
@@ -149,10 +166,25 @@ impl Followed {
             };
             if device.face != Some(face) {
                 device.told.clear();
+                device.told_addresses.clear();
                 device.face = Some(face);
             }
-            let stations: HashSet<MacAddr> =
-                control.borrow().local_stations(network).into_iter().map(|(mac, _)| mac).collect();
+            let local = control.borrow().local_stations(network);
+            let addresses: HashMap<IpAddr, MacAddr> =
+                local.iter().flat_map(|(mac, addresses)| addresses.iter().map(|&address| (address, *mac))).collect();
+            let stations: HashSet<MacAddr> = local.into_iter().map(|(mac, _)| mac).collect();
+            let old: Vec<IpAddr> =
+                device.told_addresses.keys().filter(|address| !addresses.contains_key(address)).copied().collect();
+            for address in old {
+                kernel.remove_neighbor(bridge, address).await;
+                device.told_addresses.remove(&address);
+            }
+            for (address, mac) in addresses {
+                if device.told_addresses.get(&address) != Some(&mac) {
+                    kernel.add_neighbor(bridge, address, mac).await?;
+                    device.told_addresses.insert(address, mac);
+                }
+            }
             let gone: Vec<MacAddr> = device.told.keys().filter(|mac| !stations.contains(mac)).copied().collect();
             for mac in gone {
                 kernel.remove_forwarding(face, mac).await;
@@ -172,7 +204,10 @@ impl Followed {
 
     /// Takes our ports of bridges away.
     pub(crate) async fn remove(&self, kernel: &Kernel) {
-        for network in self.devices.keys() {
+        for (network, device) in &self.devices {
+            for address in device.told_addresses.keys() {
+                kernel.remove_neighbor(device.bridge, *address).await;
+            }
             let _ = kernel.delete_link(&format!("vsw-evpn{}", network.0)).await;
         }
     }
@@ -207,6 +242,22 @@ impl Device {
             self.stations.remove(&mac);
             control.follow_station(network, mac, None);
         }
+    }
+
+    fn hear_address(&mut self, network: NetworkIndex, address: IpAddr, mac: Option<MacAddr>, control: &mut Control) {
+        match mac {
+            Some(mac) => self.addresses.insert(address, mac),
+            None => self.addresses.remove(&address),
+        };
+        control.follow_address(network, address, mac);
+    }
+
+    fn replace_addresses(&mut self, network: NetworkIndex, all: &[ExternNeighbor], control: &mut Control) {
+        let ours = all.iter().filter(|entry| entry.ifindex == self.bridge);
+        let now: HashMap<IpAddr, MacAddr> = ours.filter_map(|entry| Some((entry.address, entry.mac?))).collect();
+        let gone: Vec<IpAddr> = self.addresses.keys().filter(|address| !now.contains_key(address)).copied().collect();
+        gone.into_iter().for_each(|address| self.hear_address(network, address, None, control));
+        now.into_iter().for_each(|(address, mac)| self.hear_address(network, address, Some(mac), control));
     }
 
     fn replace<'a>(

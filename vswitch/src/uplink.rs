@@ -13,7 +13,7 @@ use tracing::{debug, info, warn};
 use vswitch_control::{Backend, Control, NextHop, UPLINK_PORT, UplinkState};
 use vswitch_link::{Kernel, LinkError, LinkState, Neighbor};
 use vswitch_net::PortId;
-use vswitch_xsk::{Role, Vtep};
+use vswitch_xsk::{Role, Vtep, ZeroCopy};
 
 use crate::backend::Links;
 use crate::config::Uplink;
@@ -167,7 +167,8 @@ fn update(change: &Change<'_>, config: &Uplink, control: &mut Control, links: &m
         }
         _ => {
             links.detach(*port);
-            let attached = links.attach_uplink(*port, link.ifindex, Role::Uplink(*vtep), config.zero_copy.into())?;
+            let zero_copy = if is_stacked(link) { ZeroCopy::Off } else { config.zero_copy.into() };
+            let attached = links.attach_uplink(*port, link.ifindex, Role::Uplink(*vtep), zero_copy)?;
             info!("uplink {} attached: xdp {}, {}", link.name, attached.xdp_mode, attached.copy_modes.join(" "));
             match (has_other_queues, bound) {
                 (true, Some(before)) => {
@@ -187,7 +188,9 @@ fn update(change: &Change<'_>, config: &Uplink, control: &mut Control, links: &m
     notes.iter().for_each(|note| info!("uplink {}: {note}", link.name));
     let renamed = (link.name != *name).then(|| format!("renamed from {name}: set uplink.link = \"{}\"", link.name));
     let foreign = foreign.map(|vtep| format!("vtep {vtep} is no address of this node"));
-    let standing: Vec<String> = renamed.into_iter().chain(foreign).collect();
+    let stacked =
+        is_stacked(link).then(|| format!("a {} link: always copy mode", link.kind.as_deref().unwrap_or_default()));
+    let standing: Vec<String> = renamed.into_iter().chain(foreign).chain(stacked).collect();
     let before = known.as_ref().and_then(|known| known.note.clone()).filter(|note| !is_standing(note));
     let last = notes.pop().or(before);
     let note: Vec<String> = standing.into_iter().chain(last).collect();
@@ -207,9 +210,14 @@ fn update(change: &Change<'_>, config: &Uplink, control: &mut Control, links: &m
     Ok(())
 }
 
+/// True for a link over others, which have the rings: a socket on it cannot share them.
+fn is_stacked(link: &LinkState) -> bool {
+    matches!(link.kind.as_deref(), Some("bond" | "vlan" | "team" | "bridge"))
+}
+
 /// True for what is said as long as it holds, and not once.
 fn is_standing(note: &str) -> bool {
-    note.starts_with("renamed") || note.contains("is no address of this node")
+    note.starts_with("renamed") || note.contains(": always copy mode") || note.contains("is no address of this node")
 }
 
 fn lose(port: PortId, name: &str, control: &mut Control, links: &mut Links) {

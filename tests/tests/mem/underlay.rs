@@ -245,3 +245,42 @@ fn peers_under_a_tag_find_each_other() {
         }
     }
 }
+
+#[test]
+fn a_peer_of_both_families_is_reached_by_either() {
+    let mut switch = Switch::new().with_uplink(UPLINK_MACS[0], Some("192.0.2.1"), Some("2001:db8::1"), 1500);
+    switch.ask_json(r#"{"op":"network_add","name":"pods","vni":7,"ranges":["10.1.0.0/24"]}"#).unwrap();
+    let peer = r#"{"op":"peer_add","name":"other","vtep":"192.0.2.2","other_vtep":"2001:db8::2"}"#;
+    switch.ask_json(peer).unwrap();
+    switch.ask_json(r#"{"op":"route_add","network":"pods","prefix":"10.2.0.0/24","peer":"other"}"#).unwrap();
+    let pod = switch.add_port("one", "pods", mac(1), &[]).id;
+    switch.resolve("2001:db8::2", mac(100));
+    assert_eq!(switch.drop_of(pod, &packet(1)), None);
+    let by_v6 = switch.take(UPLINK_PORT);
+    assert_eq!(by_v6[0][12..14], [0x86, 0xdd], "the first is not resolved yet");
+    switch.resolve("192.0.2.2", mac(101));
+    assert_eq!(switch.drop_of(pod, &packet(1)), None);
+    assert_eq!(switch.take(UPLINK_PORT)[0][12..14], [8, 0]);
+    // From either it is the same peer: what it sends over IPv6 comes in, too.
+    let mut back = by_v6[0].clone();
+    back[22..54].rotate_left(16);
+    back[70..76].copy_from_slice(&GATEWAY_MAC.0);
+    back[96..104].rotate_left(4);
+    let sum = {
+        back[60..62].fill(0);
+        let length = (back.len() - 54) as u32;
+        let (from, to): ([u8; 16], [u8; 16]) = (back[22..38].try_into().unwrap(), back[38..54].try_into().unwrap());
+        let pseudo = vswitch_net::checksum::pseudo_v6(from.into(), to.into(), 17, length);
+        vswitch_net::checksum::finish_udp(pseudo + vswitch_net::checksum::sum(&back[54..]))
+    };
+    back[60..62].copy_from_slice(&sum.to_be_bytes());
+    assert_eq!(switch.drop_of(UPLINK_PORT, &back), None);
+    assert_eq!(switch.take(pod).len(), 1);
+    for (more, words) in [
+        (r#""vtep":"192.0.2.3","other_vtep":"192.0.2.4""#, "of the other family"),
+        (r#""vtep":"192.0.2.3","other_vtep":"2001:db8::2""#, "belongs to peer"),
+    ] {
+        let error = switch.ask_json(&format!(r#"{{"op":"peer_add","name":"x",{more}}}"#)).unwrap_err();
+        assert!(error.message.contains(words), "{error}");
+    }
+}

@@ -90,6 +90,13 @@ fn frr_tells_of_stations_floods_and_moves() {
         shown.contains("[2]:[0]:[48]:[02:00:00:00:09:01]") && shown.contains("[3]:[0]:[32]:[192.0.2.1]"),
         "{shown}"
     );
+    // Addresses travel with type 2 as well: ARP for a station elsewhere is answered here.
+    assert!(shown.contains("[2]:[0]:[48]:[02:00:00:00:09:01]:[32]:[10.9.0.1]"), "{shown}");
+    let floods = || daemons[1].ctl(&["stats"]).unwrap()["copies"].as_u64().unwrap_or(0);
+    pods[1].ip("neigh flush dev eth0").unwrap();
+    let before = floods();
+    assert!(pods[1].pings("10.9.0.1", 3, 2));
+    assert_eq!(floods(), before, "nobody else was asked");
     // The mover goes from the first node to the second, with its MAC and address.
     let path = pods[2].path();
     let environment =

@@ -130,7 +130,7 @@ fn a_driver_that_refuses_native_mode_is_told() {
     node.ip("addr add 192.0.2.1/24 dev wire").unwrap();
     node.ip("link set wire up").unwrap();
     let daemon = lab.daemon(&node, "node", CONFIG).unwrap();
-    await_line(&daemon, &["xdp generic (the driver refused native mode", "copy"]);
+    await_line(&daemon, &["xdp generic (the driver refused native mode", "a bridge link: always copy mode"]);
     let (pod, _) = add_pod(lab, &daemon, "pod");
     kernel_far(&other);
     lab::wait_for(10, || pod.pings("10.244.2.1", 1, 1)).unwrap();

@@ -265,6 +265,9 @@ pub(crate) struct PeerAdd {
     /// Its VTEP address.
     #[arg(long)]
     vtep: IpAddr,
+    /// Its VTEP of the other family, used while the first is out of reach.
+    #[arg(long, value_name = "VTEP")]
+    other_vtep: Option<IpAddr>,
     /// Inner destination MAC of routed packets to it; not needed for a vswitch.
     #[arg(long)]
     router_mac: Option<MacAddr>,
@@ -477,6 +480,7 @@ impl PeerAdd {
         PeerSpec {
             name: self.name.clone(),
             vtep: self.vtep,
+            other_vtep: self.other_vtep,
             router_mac: self.router_mac,
             networks: (!self.networks.is_empty()).then(|| self.networks.clone()),
             encap: self.encap,

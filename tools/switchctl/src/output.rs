@@ -114,7 +114,8 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
                     Encap::Direct => "direct",
                 };
                 let uplinks = if peer.uplinks.is_empty() { "-".to_owned() } else { peer.uplinks.join(",") };
-                row([&peer.name, &peer.vtep, &encap, &peer.router_mac, &networks, &uplinks, &peer.state])
+                let vteps = join(&[Some(peer.vtep), peer.other_vtep].into_iter().flatten().collect::<Vec<_>>());
+                row([&peer.name, &vteps, &encap, &peer.router_mac, &networks, &uplinks, &peer.state])
             }),
         ),
         Answer::Fdb { stations } => table(

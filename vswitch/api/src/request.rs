@@ -351,6 +351,9 @@ pub struct PeerSpec {
     pub name: String,
     /// Its VTEP.
     pub vtep: IpAddr,
+    /// Its VTEP of the other family, for a node of both: used while the first is out of reach.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_vtep: Option<IpAddr>,
     /// Destination MAC of routed packets to it; another vswitch needs none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub router_mac: Option<MacAddr>,
@@ -443,6 +446,13 @@ impl Bandwidth {
     /// True if nothing is limited.
     pub fn is_unlimited(&self) -> bool {
         self.ingress_rate == 0 && self.egress_rate == 0
+    }
+}
+
+impl PeerSpec {
+    /// Its VTEPs, the first one first.
+    pub fn vteps(&self) -> impl Iterator<Item = IpAddr> {
+        [Some(self.vtep), self.other_vtep].into_iter().flatten()
     }
 }
 

@@ -285,6 +285,9 @@ pub struct PeerInfo {
     pub name: String,
     /// Its VTEP.
     pub vtep: IpAddr,
+    /// Its VTEP of the other family.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_vtep: Option<IpAddr>,
     /// MAC of its router.
     pub router_mac: MacAddr,
     /// Bridged networks whose floods it gets; none for all.

@@ -6,7 +6,7 @@ use vswitch_api::{Answer, ApiError, FdbTarget, GroupInfo, MirrorDirection, Mirro
 use vswitch_dataplane::{Bucket, Location, Membership, Mirror, Receivers, Storm};
 use vswitch_net::{GATEWAY_MAC, MacAddr, NetworkIndex, PortId, checksum};
 
-use crate::apply::{check_name, conflict, invalid};
+use crate::checks::{check_name, conflict, invalid};
 use crate::desired::{NetworkEntry, not_found};
 use crate::groups::{ASK_NS, Heard};
 use crate::{Control, Dirty};

@@ -45,7 +45,7 @@ impl Control {
             ),
             peers: by_index(self.desired.peers.values().map(|entry| (entry.index.index(), self.compile_peer(entry)))),
             vnis: self.desired.networks.values().map(|entry| (entry.spec.vni, entry.index)).collect(),
-            vteps: self.desired.peers.values().map(|entry| (entry.spec.vtep, entry.index)).collect(),
+            vteps: self.desired.by_vtep.iter().map(|(&vtep, &index)| (vtep, index)).collect(),
             underlay: Underlay {
                 v4: self.underlay.v4(),
                 v6: self.underlay.v6(),
@@ -143,7 +143,9 @@ impl Control {
     }
 
     fn compile_peer(&self, entry: &PeerEntry) -> Peer {
-        let vtep = entry.spec.vtep;
+        // The first that can be reached; of none it is the first that is said to be out of reach.
+        let reachable = |vtep: &IpAddr| self.underlay.ways(*vtep).next().is_some();
+        let vtep = entry.spec.vteps().find(reachable).unwrap_or(entry.spec.vtep);
         let mut ways = self.underlay.ways(vtep).peekable();
         let is_direct = match entry.spec.encap {
             Encap::Vxlan => false,

@@ -113,6 +113,10 @@ impl Desired {
         self.peers.get(name).ok_or_else(|| not_found(format!("no peer \"{name}\": `switchctl peer list` shows them")))
     }
 
+    pub(crate) fn peer_of(&self, index: PeerIndex) -> Option<&PeerEntry> {
+        self.peers.values().find(|peer| peer.index == index)
+    }
+
     pub(crate) fn peer_name(&self, index: PeerIndex) -> String {
         let named = self.peers.iter().find(|(_, peer)| peer.index == index);
         named.map_or_else(|| format!("#{}", index.0), |(name, _)| name.clone())
@@ -189,13 +193,17 @@ impl Desired {
     }
 
     pub(crate) fn insert_peer(&mut self, entry: PeerEntry) {
-        self.by_vtep.insert(entry.spec.vtep, entry.index);
+        for vtep in entry.spec.vteps() {
+            self.by_vtep.insert(vtep, entry.index);
+        }
         self.peers.insert(entry.spec.name.clone(), entry);
     }
 
     pub(crate) fn remove_peer(&mut self, name: &str) -> Option<PeerEntry> {
         let entry = self.peers.remove(name)?;
-        self.by_vtep.remove(&entry.spec.vtep);
+        for vtep in entry.spec.vteps() {
+            self.by_vtep.remove(&vtep);
+        }
         Some(entry)
     }
 

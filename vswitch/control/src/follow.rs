@@ -21,6 +21,8 @@ pub(crate) struct Followed {
     /// Stations of each peer.
     counts: HashMap<PeerIndex, usize>,
     flood: BTreeSet<PeerIndex>,
+    /// Addresses of stations elsewhere.
+    addresses: HashMap<IpAddr, MacAddr>,
 }
 
 impl Followed {
@@ -32,6 +34,10 @@ impl Followed {
     /// Peers that get the network's floods.
     pub(crate) fn flood(&self) -> impl Iterator<Item = PeerIndex> + '_ {
         self.flood.iter().copied()
+    }
+
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.addresses.keys().copied()
     }
 
     pub(crate) fn stations(&self) -> impl Iterator<Item = (MacAddr, PeerIndex)> + '_ {
@@ -94,6 +100,33 @@ impl Control {
         if is_new {
             self.mark(Dirty::Change);
         }
+    }
+
+    /// Takes note of an address of a station elsewhere, or that it is gone: ARP and neighbor discovery for it are answered.
+    pub fn follow_address(&mut self, network: NetworkIndex, address: IpAddr, mac: Option<MacAddr>) {
+        let entry = self.desired.networks.values().find(|entry| entry.index == network);
+        if !entry.is_some_and(|entry| entry.spec.mode == NetworkMode::Bridged && entry.spec.neighbor_suppression) {
+            return;
+        }
+        let addresses = &mut self.desired.followed.entry(network).or_default().addresses;
+        let before = match mac {
+            Some(mac) => addresses.insert(address, mac),
+            None => addresses.remove(&address),
+        };
+        // A port here has its own addresses, whatever is said elsewhere.
+        let is_own = self
+            .desired
+            .ports
+            .values()
+            .any(|port| port.network == network && port.record.spec.addresses.contains(&address));
+        if before == mac || is_own {
+            return;
+        }
+        match mac {
+            Some(mac) => self.tables.neighbors.insert(network, address, mac),
+            None => self.tables.neighbors.remove(network, address),
+        }
+        self.mark(Dirty::Addition);
     }
 
     /// Stations behind ports here, with the addresses that are known of them: what the kernel's device is to be told.

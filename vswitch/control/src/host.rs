@@ -12,8 +12,8 @@ use vswitch_api::{ApiError, PortMapping, PortSpec};
 use vswitch_net::MacAddr;
 
 use crate::Control;
-use crate::apply::{conflict, invalid};
 use crate::backend::Attached;
+use crate::checks::{conflict, invalid};
 use crate::desired::NetworkEntry;
 use crate::routes::routers;
 

@@ -23,6 +23,7 @@
 mod apply;
 mod backend;
 mod bridging;
+mod checks;
 mod compile;
 mod desired;
 mod follow;
@@ -30,6 +31,7 @@ mod groups;
 mod host;
 mod ipam;
 mod learned;
+mod ports;
 mod report;
 mod routes;
 mod state;
@@ -274,7 +276,7 @@ impl Control {
 
     /// VTEPs of all peers, whose next hops are wanted.
     pub fn vteps(&self) -> impl Iterator<Item = std::net::IpAddr> + '_ {
-        self.desired.peers.values().map(|peer| peer.spec.vtep)
+        self.desired.peers.values().flat_map(|peer| peer.spec.vteps())
     }
 
     /// Tells how the kernel would reach a VTEP: by so many ways of equal cost.

@@ -6,15 +6,15 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use vswitch_api::{
     Answer, ApiError, DropInfo, ErrorCode, FdbInfo, FdbTarget, FlowInfo, HostInfo, IpamInfo, NeighborInfo, NetworkInfo,
-    NetworkMode, NetworkSpec, PeerInfo, PodRoute, PortInfo, PortSpec, PortStats, Request, RouteInfo, SocketInfo,
-    StatsInfo, StatusInfo, UplinkInfo, WorkerInfo,
+    NetworkMode, NetworkSpec, PeerInfo, PeerSpec, PodRoute, PortInfo, PortSpec, PortStats, Request, RouteInfo,
+    SocketInfo, StatsInfo, StatusInfo, UplinkInfo, WorkerInfo,
 };
 use vswitch_dataplane::table::flow::FlowEntry;
 use vswitch_dataplane::{Action, DropReason, Location, PortCounters};
 use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, MacAddr, NetworkIndex, PortId};
 
-use crate::apply::full_length;
 use crate::backend::{Attached, Backend, WorkerSample};
+use crate::checks::full_length;
 use crate::desired::{NetworkEntry, not_found};
 use crate::routes::routers;
 use crate::underlay::Uplink;
@@ -245,14 +245,29 @@ impl Control {
         let info = |entry: &crate::desired::PeerEntry| PeerInfo {
             name: entry.spec.name.clone(),
             vtep: entry.spec.vtep,
+            other_vtep: entry.spec.other_vtep,
             router_mac: entry.spec.router_mac.unwrap_or(GATEWAY_MAC),
             networks: entry.spec.networks.clone(),
             encap: entry.spec.encap,
             is_imported: entry.is_imported,
-            uplinks: self.underlay.ways(entry.spec.vtep).map(|(_, uplink, _)| uplink.link.clone()).collect(),
-            state: self.underlay.peer_state(entry.spec.vtep),
+            uplinks: self.peer_uplinks(&entry.spec),
+            state: self.peer_state(&entry.spec),
         };
         self.desired.peers.values().map(info).collect()
+    }
+
+    fn peer_uplinks(&self, spec: &PeerSpec) -> Vec<String> {
+        let ways =
+            spec.vteps().map(|vtep| self.underlay.ways(vtep).map(|(_, uplink, _)| uplink.link.clone()).collect());
+        ways.into_iter().find(|links: &Vec<String>| !links.is_empty()).unwrap_or_default()
+    }
+
+    fn peer_state(&self, spec: &PeerSpec) -> String {
+        let states: Vec<String> = spec.vteps().map(|vtep| self.underlay.peer_state(vtep)).collect();
+        match states.iter().position(|state| state == "reachable") {
+            Some(_) => "reachable".to_owned(),
+            None => states.into_iter().next().unwrap_or_default(),
+        }
     }
 
     fn stations(&self, now_ns: u64, only: Option<NetworkIndex>) -> Vec<FdbInfo> {
@@ -329,7 +344,7 @@ impl Control {
 
     fn neighbors(&self) -> Vec<NeighborInfo> {
         let info = |(vtep, hop): (&IpAddr, &crate::NextHop)| {
-            let peers = self.desired.peers.values().filter(|peer| peer.spec.vtep == *vtep);
+            let peers = self.desired.peers.values().filter(|peer| peer.spec.vteps().any(|other| other == *vtep));
             NeighborInfo {
                 peers: peers.map(|peer| peer.spec.name.clone()).collect(),
                 address: hop.address,

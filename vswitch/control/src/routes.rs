@@ -38,7 +38,10 @@ impl Control {
 
     /// Takes a network's own prefixes out of the table, after the network is gone.
     pub(crate) fn unsettle_network(&mut self, entry: &NetworkEntry) {
-        self.desired.followed.remove(&entry.index);
+        if let Some(followed) = self.desired.followed.remove(&entry.index) {
+            followed.stations().for_each(|(mac, _)| drop(self.tables.fdb.remove(entry.index, mac)));
+            followed.addresses().for_each(|address| self.tables.neighbors.remove(entry.index, address));
+        }
         let imported = self.desired.imported.keys().filter(|(network, _)| *network == entry.index);
         let imported: Vec<IpNet> = imported.map(|&(_, prefix)| prefix).collect();
         for prefix in imported {
@@ -136,7 +139,9 @@ impl Control {
         for name in unused {
             if let Some(peer) = self.desired.remove_peer(&name) {
                 self.desired.imported_counts.remove(&peer.index);
-                self.underlay.next_hops.remove(&peer.spec.vtep);
+                for vtep in peer.spec.vteps() {
+                    self.underlay.next_hops.remove(&vtep);
+                }
                 self.mark(Dirty::Change);
             }
         }
@@ -165,6 +170,7 @@ impl Control {
         let spec = PeerSpec {
             name: format!("kernel-{vtep}"),
             vtep,
+            other_vtep: None,
             router_mac: None,
             networks: Some(Vec::new()),
             encap: self.config.import_encap,

@@ -58,6 +58,17 @@ pub struct Forwarding {
     pub vtep: Option<IpAddr>,
 }
 
+/// A neighbor entry that a routing daemon made (`extern_learn`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExternNeighbor {
+    /// The link, a bridge.
+    pub ifindex: u32,
+    /// The address.
+    pub address: IpAddr,
+    /// Whose it is; none for an entry that goes.
+    pub mac: Option<MacAddr>,
+}
+
 /// A change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum News {
@@ -65,6 +76,8 @@ pub enum News {
     Route(KernelRoute, bool),
     /// A forwarding entry came (true) or went.
     Forwarding(Forwarding, bool),
+    /// An address of a station elsewhere came (true) or went: a neighbor entry that a routing daemon made.
+    Neighbor(ExternNeighbor, bool),
     /// Something happened that was not heard.
     Lost,
 }
@@ -162,6 +175,50 @@ impl Kernel {
         Ok(entries)
     }
 
+    /// Neighbor entries that routing daemons made, of all links.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn extern_neighbors(&self) -> Result<Vec<ExternNeighbor>, LinkError> {
+        let mut stream = self.handle.neighbours().get().execute();
+        let mut entries = Vec::new();
+        while let Some(message) = stream.try_next().await.map_err(|error| refused("list neighbors", error))? {
+            entries.extend(extern_neighbor(&message));
+        }
+        Ok(entries)
+    }
+
+    /// Gives a bridge the address of a station here, as if it had resolved it.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn add_neighbor(&self, ifindex: u32, address: IpAddr, mac: MacAddr) -> Result<(), LinkError> {
+        self.handle
+            .neighbours()
+            .add(ifindex, address)
+            .link_layer_address(&mac.0)
+            .state(NeighbourState::Permanent)
+            .replace()
+            .execute()
+            .await
+            .map_err(|error| refused(format!("tell the bridge of {address}"), error))
+    }
+
+    /// Takes such an address away again. It is fine if it is gone.
+    pub async fn remove_neighbor(&self, ifindex: u32, address: IpAddr) {
+        let mut message = NeighbourMessage::default();
+        message.header.family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        message.header.ifindex = ifindex;
+        let address = match address {
+            IpAddr::V4(v4) => NeighbourAddress::Inet(v4),
+            IpAddr::V6(v6) => NeighbourAddress::Inet6(v6),
+        };
+        message.attributes.push(NeighbourAttribute::Destination(address));
+        let _ = self.handle.neighbours().del(message).execute().await;
+    }
+
     /// Tells the bridge of `ifindex`, one of its ports, that a station is behind that port. Tell it again before the
     /// bridge forgets (five minutes).
     ///
@@ -200,10 +257,12 @@ fn news(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<News> {
             kernel_route(&message).map(|route| News::Route(route, false))
         }
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNeighbour(message)) => {
-            forwarding(&message).map(|entry| News::Forwarding(entry, true))
+            let neighbor = || extern_neighbor(&message).map(|entry| News::Neighbor(entry, true));
+            forwarding(&message).map(|entry| News::Forwarding(entry, true)).or_else(neighbor)
         }
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelNeighbour(message)) => {
-            forwarding(&message).map(|entry| News::Forwarding(entry, false))
+            let neighbor = || extern_neighbor(&message).map(|entry| News::Neighbor(entry, false));
+            forwarding(&message).map(|entry| News::Forwarding(entry, false)).or_else(neighbor)
         }
         NetlinkPayload::Overrun(_) => Some(News::Lost),
         _ => None,
@@ -268,6 +327,23 @@ fn next_hop(attributes: &[RouteAttribute], ifindex: u32) -> Route {
         }
     }
     hop
+}
+
+fn extern_neighbor(message: &NeighbourMessage) -> Option<ExternNeighbor> {
+    let is_extern = message.header.flags.contains(NeighbourFlags::ExtLearned);
+    let is_ip = matches!(message.header.family, AddressFamily::Inet | AddressFamily::Inet6);
+    let (mut address, mut mac) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => address = Some(IpAddr::V4(*v4)),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => address = Some(IpAddr::V6(*v6)),
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(MacAddr);
+            }
+            _ => {}
+        }
+    }
+    (is_extern && is_ip).then_some(ExternNeighbor { ifindex: message.header.ifindex, address: address?, mac })
 }
 
 fn forwarding(message: &NeighbourMessage) -> Option<Forwarding> {

@@ -14,7 +14,7 @@ mod veth;
 
 use std::net::IpAddr;
 
-pub use follow::{Follower, Forwarding, KernelRoute, News};
+pub use follow::{ExternNeighbor, Follower, Forwarding, KernelRoute, News};
 use futures_util::TryStreamExt;
 pub use host::{HOST_PROTOCOL, HostRoute};
 pub use netns::Netns;
