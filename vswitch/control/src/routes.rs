@@ -39,7 +39,9 @@ impl Control {
     /// Takes a network's own prefixes out of the table, after the network is gone.
     pub(crate) fn unsettle_network(&mut self, entry: &NetworkEntry) {
         if let Some(followed) = self.desired.followed.remove(&entry.index) {
-            followed.stations().for_each(|(mac, _)| drop(self.tables.fdb.remove(entry.index, mac)));
+            for (mac, _) in followed.stations() {
+                self.tables.fdb.remove(entry.index, mac);
+            }
             followed.addresses().for_each(|address| self.tables.neighbors.remove(entry.index, address));
         }
         let imported = self.desired.imported.keys().filter(|(network, _)| *network == entry.index);
