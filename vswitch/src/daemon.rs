@@ -19,7 +19,7 @@ use vswitch_api::{Answer, ApiError, ErrorCode, Request};
 use vswitch_control::{Backend, Control, ControlConfig, HOST_PORT, HostState, PodRoutes, UPLINK_PORT};
 use vswitch_dataplane::{Event, Snapshot};
 use vswitch_link::plug::update_routes;
-use vswitch_link::{Follower, Kernel, LinkState, News, Watch};
+use vswitch_link::{Follower, Kernel, LinkState, Watch};
 use vswitch_net::PortId;
 
 use crate::backend::Links;
@@ -87,9 +87,6 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     spawn_local(serve(daemon.clone(), listener));
     spawn_local(learn(daemon.clone(), events, news));
     spawn_local(follow_kernel(daemon.clone(), watch));
-    if Followed::is_needed(&daemon.config.routes, &daemon.control.borrow()) {
-        spawn_local(follow_tables(daemon.clone(), Follower::here()?));
-    }
     tell_systemd("READY=1");
     wait_for_end().await?;
     tell_systemd("STOPPING=1");
@@ -384,10 +381,8 @@ impl Daemon {
             all.iter().filter(|link| names.contains(&link.name.as_str())).map(|link| link.ifindex).collect()
         };
         let mut followed = self.followed.lock().await;
-        let is_new = followed.look(all, &uplinks, &self.control.borrow());
-        if is_new {
-            followed.read(&self.kernel, &self.config.routes, &self.control).await?;
-        }
+        followed.look(all, &uplinks, &self.control.borrow());
+        followed.read(&self.kernel, &self.config.routes, &self.control).await?;
         Ok(followed.tell(&self.kernel, all, self.now_ns(), &self.control).await?)
     }
 
@@ -465,7 +460,13 @@ async fn learn(daemon: Rc<Daemon>, events: Receiver<Event>, news: Arc<Notify>) {
 
 /// Keeps the view of the underlay up to date.
 async fn follow_kernel(daemon: Rc<Daemon>, watch: Watch) {
+    let mut is_following = false;
     loop {
+        // It listens before the tables are read for the first time, so that no change falls between.
+        if !is_following && Followed::is_needed(&daemon.config.routes, &daemon.control.borrow()) {
+            spawn_local(follow_tables(daemon.clone(), listen_to_tables().await));
+            is_following = true;
+        }
         if let Err(error) = daemon.refresh().await {
             warn!("the underlay could not be read: {error}");
         }
@@ -480,30 +481,43 @@ async fn follow_kernel(daemon: Rc<Daemon>, watch: Watch) {
 
 /// Takes in what others write into the kernel's tables.
 async fn follow_tables(daemon: Rc<Daemon>, mut follower: Follower) {
-    while let Some(first) = follower.next().await {
-        let mut followed = daemon.followed.lock().await;
-        let mut next = Some(first);
-        let mut is_lost = false;
-        let mut count = 0;
-        while let Some(news) = next {
-            is_lost |= news == News::Lost;
-            followed.hear(news, &daemon.config.routes, &mut daemon.control.borrow_mut());
-            count += 1;
-            next = if count < FOLLOW_BATCH { follower.try_next() } else { None };
-        }
-        if is_lost {
-            debug!("changes of the kernel's tables were lost: they are read again");
-            if let Err(error) = followed.read(&daemon.kernel, &daemon.config.routes, &daemon.control).await {
-                warn!("the kernel's tables could not be read: {error}");
+    loop {
+        while let Some(first) = follower.next().await {
+            let mut followed = daemon.followed.lock().await;
+            let mut next = Some(first);
+            let mut count = 0;
+            while let Some(news) = next {
+                followed.hear(news, &daemon.config.routes, &mut daemon.control.borrow_mut());
+                count += 1;
+                next = if count < FOLLOW_BATCH { follower.try_next() } else { None };
             }
+            drop(followed);
+            daemon.control.borrow_mut().forget_unused_peers();
+            daemon.publish();
+            daemon.stale.notify_one();
+            tokio::time::sleep(LEARN_INTERVAL).await;
+        }
+        follower = listen_to_tables().await;
+        let mut followed = daemon.followed.lock().await;
+        followed.distrust();
+        if let Err(error) = followed.read(&daemon.kernel, &daemon.config.routes, &daemon.control).await {
+            warn!("the kernel's tables could not be read, which is tried again: {error}");
         }
         drop(followed);
-        daemon.control.borrow_mut().forget_unused_peers();
         daemon.publish();
         daemon.stale.notify_one();
-        tokio::time::sleep(LEARN_INTERVAL).await;
     }
-    warn!("the kernel tells no more of its tables: restart the daemon to follow them again");
+}
+
+async fn listen_to_tables() -> Follower {
+    loop {
+        match Follower::here() {
+            Ok(follower) => return follower,
+            // Out of descriptors, most likely; some will be free again.
+            Err(error) => warn!("the kernel's tables cannot be followed, which is tried again: {error}"),
+        }
+        tokio::time::sleep(REFRESH_INTERVAL).await;
+    }
 }
 
 async fn wait_for_end() -> std::io::Result<()> {

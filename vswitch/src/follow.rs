@@ -26,6 +26,8 @@ pub(crate) struct Followed {
     devices: BTreeMap<NetworkIndex, Device>,
     /// Links that are uplinks, by index.
     uplinks: Vec<u32>,
+    /// True until what is known is what the kernel has, changes that wait aside.
+    is_stale: bool,
 }
 
 /// A followed VXLAN device.
@@ -47,13 +49,16 @@ struct Device {
 }
 
 impl Followed {
-    /// Reads everything anew.
+    /// Reads everything anew if it must be. What fails is tried again with the next call.
     pub(crate) async fn read(
         &mut self,
         kernel: &Kernel,
         config: &Routes,
         control: &std::cell::RefCell<Control>,
     ) -> Result<(), LinkError> {
+        if !self.is_stale {
+            return Ok(());
+        }
         if config.is_importing() {
             let mut routes: HashMap<IpNet, BTreeMap<(u32, u8), IpAddr>> = HashMap::new();
             for route in kernel.kernel_routes().await? {
@@ -83,6 +88,7 @@ impl Followed {
             }
             control.forget_unused_peers();
         }
+        self.is_stale = false;
         Ok(())
     }
 
@@ -123,14 +129,20 @@ impl Followed {
                     device.hear_address(network, entry.address, entry.mac.filter(|_| is_there), control);
                 }
             }
-            News::Route(..) | News::Lost => {}
+            News::Route(..) => {}
         }
     }
 
-    /// Brings devices and uplinks up to date with the links there are. True if everything must be read anew.
-    pub(crate) fn look(&mut self, all: &[LinkState], uplinks: &[u32], control: &Control) -> bool {
+    /// Changes were not heard.
+    pub(crate) fn distrust(&mut self) {
+        debug!("changes of the kernel's tables were lost: they are read again");
+        self.is_stale = true;
+    }
+
+    /// Brings devices and uplinks up to date with the links there are.
+    pub(crate) fn look(&mut self, all: &[LinkState], uplinks: &[u32], control: &Control) {
         let wanted = control.followers();
-        let mut is_new = self.uplinks != uplinks;
+        self.is_stale |= self.uplinks != uplinks;
         self.uplinks = uplinks.to_vec();
         self.devices.retain(|network, _| wanted.iter().any(|(other, _)| other == network));
         for (network, name) in wanted {
@@ -142,10 +154,9 @@ impl Followed {
                 info!("network #{} follows {name} ({ifindex})", network.0);
                 device.ifindex = ifindex;
                 device.bridge = bridge;
-                is_new = true;
+                self.is_stale = true;
             }
         }
-        is_new
     }
 
     /// Tells each device's bridge of the stations here.

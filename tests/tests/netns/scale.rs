@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::process::Stdio;
 use std::time::Instant;
 
-use xtask::lab::{self, Namespace};
+use xtask::lab::{self, Daemon, Namespace};
 
 use crate::{add_pod, bench};
 
@@ -15,6 +15,13 @@ fn batch(node: &Namespace, program: &str, commands: &str) {
     let mut child = node.command(&[program, "-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap();
     std::io::Write::write_all(&mut child.stdin.take().unwrap(), commands.as_bytes()).unwrap();
     assert!(child.wait().unwrap().success());
+}
+
+/// How many routes or stations a network has.
+fn count(daemon: &Daemon, name: &str, what: &str) -> usize {
+    let networks = daemon.ctl(&["network", "list"]).unwrap();
+    let network = networks["networks"].as_array().unwrap().iter().find(|network| network["name"] == name).cloned();
+    network.and_then(|network| network[what].as_u64()).unwrap() as usize
 }
 
 #[expect(clippy::disallowed_methods, reason = "the time that it takes is printed")]
@@ -53,20 +60,15 @@ follow = "vx9"
         writeln!(routes, "route add 10.{}.{b}.{c}/32 via 192.0.2.2 dev wire proto bird", a + 1).unwrap();
         writeln!(stations, "fdb add 02:00:00:{a:02x}:{b:02x}:{c:02x} dev vx9 dst 192.0.2.2 self extern_learn").unwrap();
     }
-    let count = |name: &str, what: &str| {
-        let networks = daemon.ctl(&["network", "list"]).unwrap();
-        let network = networks["networks"].as_array().unwrap().iter().find(|network| network["name"] == name).cloned();
-        network.and_then(|network| network[what].as_u64()).unwrap_or(0) as usize
-    };
     let start = Instant::now();
     batch(&node, "ip", &routes);
     let written = start.elapsed();
-    lab::wait_for(60, || count("pods", "routes") == MANY).unwrap();
+    lab::wait_for(60, || count(&daemon, "pods", "routes") == MANY).unwrap();
     println!("{MANY} routes: written in {written:.1?}, usable {:.1?} after the last", start.elapsed() - written);
     let start = Instant::now();
     batch(&node, "bridge", &stations);
     let written = start.elapsed();
-    lab::wait_for(60, || count("lan", "stations") == MANY).unwrap();
+    lab::wait_for(60, || count(&daemon, "lan", "stations") == MANY).unwrap();
     println!("{MANY} stations: written in {written:.1?}, usable {:.1?} after the last", start.elapsed() - written);
     println!("daemon {} MiB resident, {} MiB before", daemon.memory() >> 20, idle >> 20);
     // The last route works: the far end sees the packet, as it is, at its own MAC.
@@ -78,16 +80,22 @@ follow = "vx9"
     assert!(daemon.stop());
     let start = Instant::now();
     daemon.start().unwrap();
-    let count = |name: &str, what: &str| {
-        let networks = daemon.ctl(&["network", "list"]).unwrap();
-        let network = networks["networks"].as_array().unwrap().iter().find(|network| network["name"] == name).cloned();
-        network.and_then(|network| network[what].as_u64()).unwrap_or(0) as usize
-    };
-    lab::wait_for(60, || count("pods", "routes") == MANY && count("lan", "stations") == MANY).unwrap();
+    lab::wait_for(60, || count(&daemon, "pods", "routes") == MANY && count(&daemon, "lan", "stations") == MANY)
+        .unwrap();
     println!("after a restart all were usable within {:.1?} of its start", start.elapsed());
     // And lets go of them as fast.
     let start = Instant::now();
     node.ip("route flush proto bird").unwrap();
-    lab::wait_for(60, || count("pods", "routes") == 0).unwrap();
+    lab::wait_for(60, || count(&daemon, "pods", "routes") == 0).unwrap();
     println!("all routes gone {:.1?} after `ip route flush`", start.elapsed());
+    // While it does not listen, its socket keeps the first of the news and loses the others: that the first are gone.
+    daemon.suspend(true);
+    batch(&node, "ip", &routes);
+    let first_half = routes.lines().take(MANY / 2).map(|line| line.replace("add", "del") + "\n");
+    batch(&node, "ip", &first_half.collect::<String>());
+    let start = Instant::now();
+    daemon.suspend(false);
+    lab::wait_for(60, || count(&daemon, "pods", "routes") == MANY / 2).unwrap();
+    println!("routes that changed while it was suspended were right {:.1?} after it went on", start.elapsed());
+    lab::wait_for(3, || count(&daemon, "pods", "routes") != MANY / 2).unwrap_err();
 }

@@ -348,6 +348,14 @@ impl Daemon {
         child.wait().is_ok_and(|status| status.success())
     }
 
+    /// Stops it where it stands (SIGSTOP), or lets it go on (SIGCONT).
+    pub fn suspend(&self, is_suspended: bool) {
+        let signal = if is_suspended { "-STOP" } else { "-CONT" };
+        if let Some(child) = &self.child {
+            let _ = Command::new("kill").arg(signal).arg(child.id().to_string()).status();
+        }
+    }
+
     /// Ends it with SIGKILL.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {

@@ -1,13 +1,11 @@
 //! What others write into the kernel's tables: routes of routing daemons, forwarding entries of VXLAN devices.
 //!
 //! First comes what is there ([`Kernel::kernel_routes`], [`Kernel::forwarding`]), then what changes ([`Follower`]). A
-//! follower that falls behind is told so ([`News::Lost`]), and whoever listens reads everything anew.
+//! follower that falls behind ends; whoever listens opens another and reads everything anew.
 
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::StreamExt;
 use ipnet::IpNet;
 use netlink_packet_core::NetlinkPayload;
 use rtnetlink::MulticastGroup;
@@ -19,6 +17,7 @@ use rtnetlink::packet_route::route::{
 };
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::sys::AsyncSocket;
+use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use vswitch_net::MacAddr;
@@ -78,16 +77,12 @@ pub enum News {
     Forwarding(Forwarding, bool),
     /// An address of a station elsewhere came (true) or went: a neighbor entry that a routing daemon made.
     Neighbor(ExternNeighbor, bool),
-    /// Something happened that was not heard.
-    Lost,
 }
 
-/// Hears of changes. Stops when dropped.
+/// Hears of changes, until some were lost. Stops when dropped.
 #[derive(Debug)]
 pub struct Follower {
     news: mpsc::Receiver<News>,
-    /// True if news did not fit the queue.
-    is_behind: Arc<AtomicBool>,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -101,38 +96,36 @@ impl Follower {
         let groups = [MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route, MulticastGroup::Neigh];
         let (mut connection, _, mut messages) =
             rtnetlink::new_multicast_connection(&groups).map_err(LinkError::Open)?;
-        // As much as the system allows; less only means that more is read anew.
-        let _ = connection.socket_mut().socket_mut().set_rx_buf_sz(RECEIVE_BUFFER);
+        // Beyond what the system allows everybody, if we may; less only means that more is read anew.
+        let socket = connection.socket_mut().socket_mut();
+        let _ = set_socket_recv_buffer_size_force(&*socket, RECEIVE_BUFFER)
+            .or_else(|_| set_socket_recv_buffer_size(&*socket, RECEIVE_BUFFER));
         let (sender, receiver) = mpsc::channel(QUEUE);
-        let is_behind = Arc::new(AtomicBool::new(false));
-        let flag = is_behind.clone();
         let listen = async move {
             while let Some((message, _)) = messages.next().await {
-                // Relaxed: the flag guards nothing but itself; it is read after the queue was emptied.
+                // A socket that lost something says so first, then gives what it kept from before, and keeps losing
+                // without another word until all of that is read. None of it is of use.
+                if matches!(message.payload, NetlinkPayload::Overrun(_)) {
+                    return;
+                }
                 if let Some(news) = news(message.payload)
                     && sender.try_send(news).is_err()
                 {
-                    flag.store(true, Ordering::Relaxed);
+                    return;
                 }
             }
         };
-        Ok(Follower { news: receiver, is_behind, tasks: [tokio::spawn(connection), tokio::spawn(listen)] })
+        Ok(Follower { news: receiver, tasks: [tokio::spawn(connection), tokio::spawn(listen)] })
     }
 
-    /// The next change; none if there will be no more.
+    /// The next change; none if changes were lost.
     pub async fn next(&mut self) -> Option<News> {
-        match self.try_next() {
-            Some(news) => Some(news),
-            None => self.news.recv().await,
-        }
+        self.news.recv().await
     }
 
     /// A change that is there already.
     pub fn try_next(&mut self) -> Option<News> {
-        match self.news.try_recv() {
-            Ok(news) => Some(news),
-            Err(_) => self.is_behind.swap(false, Ordering::Relaxed).then_some(News::Lost),
-        }
+        self.news.try_recv().ok()
     }
 }
 
@@ -153,10 +146,8 @@ impl Kernel {
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut all = RouteMessage::default();
             all.header.address_family = family;
-            let mut stream = self.handle.route().get(all).execute();
-            while let Some(message) = stream.try_next().await.map_err(|error| refused("list routes", error))? {
-                routes.extend(kernel_route(&message));
-            }
+            let request = || self.handle.route().get(all).execute();
+            routes.extend(self.dump("list routes", request, |message| kernel_route(&message)).await?);
         }
         Ok(routes)
     }
@@ -167,12 +158,8 @@ impl Kernel {
     ///
     /// [`LinkError::Refused`].
     pub async fn forwarding(&self) -> Result<Vec<Forwarding>, LinkError> {
-        let mut stream = self.handle.neighbours().get().set_address_family(AddressFamily::Bridge).execute();
-        let mut entries = Vec::new();
-        while let Some(message) = stream.try_next().await.map_err(|error| refused("list forwarding entries", error))? {
-            entries.extend(forwarding(&message));
-        }
-        Ok(entries)
+        let request = || self.handle.neighbours().get().set_address_family(AddressFamily::Bridge).execute();
+        self.dump("list forwarding entries", request, |message| forwarding(&message)).await
     }
 
     /// Neighbor entries that routing daemons made, of all links.
@@ -181,12 +168,8 @@ impl Kernel {
     ///
     /// [`LinkError::Refused`].
     pub async fn extern_neighbors(&self) -> Result<Vec<ExternNeighbor>, LinkError> {
-        let mut stream = self.handle.neighbours().get().execute();
-        let mut entries = Vec::new();
-        while let Some(message) = stream.try_next().await.map_err(|error| refused("list neighbors", error))? {
-            entries.extend(extern_neighbor(&message));
-        }
-        Ok(entries)
+        let request = || self.handle.neighbours().get().execute();
+        self.dump("list neighbors", request, |message| extern_neighbor(&message)).await
     }
 
     /// Gives a bridge the address of a station here, as if it had resolved it.
@@ -264,7 +247,6 @@ fn news(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<News> {
             let neighbor = || extern_neighbor(&message).map(|entry| News::Neighbor(entry, false));
             forwarding(&message).map(|entry| News::Forwarding(entry, false)).or_else(neighbor)
         }
-        NetlinkPayload::Overrun(_) => Some(News::Lost),
         _ => None,
     }
 }

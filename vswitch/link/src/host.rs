@@ -2,7 +2,6 @@
 
 use std::net::IpAddr;
 
-use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute};
@@ -155,14 +154,9 @@ impl Kernel {
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut all = RouteMessage::default();
             all.header.address_family = family;
-            let mut stream = self.handle.route().get(all).execute();
-            let mut own = Vec::new();
-            while let Some(message) = stream.try_next().await.map_err(|error| refused("list routes", error))? {
-                if message.header.protocol == RouteProtocol::Other(HOST_PROTOCOL) {
-                    own.push(message);
-                }
-            }
-            for message in own {
+            let is_own = |message: &RouteMessage| message.header.protocol == RouteProtocol::Other(HOST_PROTOCOL);
+            let request = || self.handle.route().get(all).execute();
+            for message in self.dump("list routes", request, |message| Some(message).filter(is_own)).await? {
                 let _ = self.handle.route().del(message).execute().await;
             }
         }

@@ -15,11 +15,12 @@ mod veth;
 use std::net::IpAddr;
 
 pub use follow::{ExternNeighbor, Follower, Forwarding, KernelRoute, News};
-use futures_util::TryStreamExt;
+use futures_util::{Stream, TryStreamExt};
 pub use host::{HOST_PROTOCOL, HostRoute};
 pub use netns::Netns;
 use rtnetlink::Handle;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 pub use underlay::{Neighbor, Route, Watch};
 pub use veth::VethSpec;
@@ -56,6 +57,8 @@ pub enum LinkError {
 pub struct Kernel {
     handle: Handle,
     connection: JoinHandle<()>,
+    /// Held while a table is dumped.
+    dumping: Mutex<()>,
 }
 
 /// A link.
@@ -100,7 +103,7 @@ impl Kernel {
     /// [`LinkError::Open`].
     pub fn here() -> Result<Kernel, LinkError> {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(LinkError::Open)?;
-        Ok(Kernel { handle, connection: tokio::spawn(connection) })
+        Ok(Kernel { handle, connection: tokio::spawn(connection), dumping: Mutex::default() })
     }
 
     /// Connects in another namespace.
@@ -116,7 +119,27 @@ impl Kernel {
             rtnetlink::new_connection().map(|(connection, handle, _)| (connection, handle))
         })?;
         let (connection, handle) = opened.map_err(LinkError::Open)?;
-        Ok(Kernel { handle, connection: tokio::spawn(connection) })
+        Ok(Kernel { handle, connection: tokio::spawn(connection), dumping: Mutex::default() })
+    }
+
+    /// What `take` makes of each answer to a request for a whole table. The kernel answers one such request of a socket
+    /// at a time and refuses another (`EBUSY`): here they wait for each other.
+    async fn dump<M, S, T>(
+        &self,
+        what: &str,
+        request: impl FnOnce() -> S,
+        mut take: impl FnMut(M) -> Option<T>,
+    ) -> Result<Vec<T>, LinkError>
+    where
+        S: Stream<Item = Result<M, rtnetlink::Error>>,
+    {
+        let _turn = self.dumping.lock().await;
+        let mut answers = std::pin::pin!(request());
+        let mut taken = Vec::new();
+        while let Some(answer) = answers.try_next().await.map_err(|error| refused(what, error))? {
+            taken.extend(take(answer));
+        }
+        Ok(taken)
     }
 
     /// The link of a name; none if there is none.
@@ -139,9 +162,7 @@ impl Kernel {
     ///
     /// [`LinkError::Refused`].
     pub async fn links(&self) -> Result<Vec<LinkState>, LinkError> {
-        let all: Vec<LinkMessage> =
-            self.handle.link().get().execute().try_collect().await.map_err(|error| refused("list links", error))?;
-        Ok(all.iter().map(link_state).collect())
+        self.dump("list links", || self.handle.link().get().execute(), |message| Some(link_state(&message))).await
     }
 
     /// Addresses of all links, usable from elsewhere or not.
@@ -150,20 +171,14 @@ impl Kernel {
     ///
     /// [`LinkError::Refused`].
     pub async fn all_addresses(&self) -> Result<Vec<IpAddr>, LinkError> {
-        use rtnetlink::packet_route::address::AddressAttribute;
-        let all: Vec<_> = self
-            .handle
-            .address()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|error| refused("list addresses", error))?;
+        use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
         let address = |attribute: &AddressAttribute| match attribute {
             AddressAttribute::Local(address) | AddressAttribute::Address(address) => Some(*address),
             _ => None,
         };
-        Ok(all.iter().flat_map(|message| message.attributes.iter().filter_map(address)).collect())
+        let of_link = |message: AddressMessage| Some(message.attributes.iter().filter_map(address).collect::<Vec<_>>());
+        let all = self.dump("list addresses", || self.handle.address().get().execute(), of_link).await?;
+        Ok(all.into_iter().flatten().collect())
     }
 
     /// Addresses of a link that are usable from elsewhere: not link-local, not tentative.
@@ -172,12 +187,10 @@ impl Kernel {
     ///
     /// [`LinkError::Refused`].
     pub async fn addresses(&self, ifindex: u32) -> Result<Vec<IpAddr>, LinkError> {
-        use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
-        let mut stream = self.handle.address().get().set_link_index_filter(ifindex).execute();
-        let mut addresses = Vec::new();
-        while let Some(message) = stream.try_next().await.map_err(|error| refused("list addresses", error))? {
+        use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+        let usable = |message: AddressMessage| {
             if message.header.index != ifindex || message.header.scope != AddressScope::Universe {
-                continue;
+                return None;
             }
             let local = message.attributes.iter().find_map(|attribute| match attribute {
                 AddressAttribute::Local(address) => Some(*address),
@@ -187,9 +200,10 @@ impl Kernel {
                 AddressAttribute::Address(address) => Some(*address),
                 _ => None,
             });
-            addresses.extend(local.or(plain));
-        }
-        Ok(addresses)
+            local.or(plain)
+        };
+        let request = || self.handle.address().get().set_link_index_filter(ifindex).execute();
+        self.dump("list addresses", request, usable).await
     }
 }
 

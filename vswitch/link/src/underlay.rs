@@ -4,7 +4,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use futures_util::{StreamExt, TryStreamExt};
-use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourState};
+use rtnetlink::packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
 use rtnetlink::packet_route::route::{RouteFlags, RouteType};
 use rtnetlink::{MulticastGroup, RouteMessageBuilder};
 use tokio::sync::Notify;
@@ -108,11 +110,9 @@ impl Kernel {
     ///
     /// [`LinkError::Refused`].
     pub async fn neighbors(&self, ifindex: u32) -> Result<Vec<(IpAddr, Neighbor)>, LinkError> {
-        let mut stream = self.handle.neighbours().get().execute();
-        let mut neighbors = Vec::new();
-        while let Some(message) = stream.try_next().await.map_err(|error| refused("list neighbors", error))? {
+        let neighbor = |message: NeighbourMessage| {
             if message.header.ifindex != ifindex {
-                continue;
+                return None;
             }
             let mut address = None;
             let mut mac = None;
@@ -129,11 +129,9 @@ impl Kernel {
             let state = message.header.state;
             let is_known = !matches!(state, NeighbourState::Failed | NeighbourState::Incomplete | NeighbourState::None);
             let is_fresh = is_known && state != NeighbourState::Stale;
-            if let Some(address) = address {
-                neighbors.push((address, Neighbor { mac: mac.filter(|_| is_known), is_fresh }));
-            }
-        }
-        Ok(neighbors)
+            Some((address?, Neighbor { mac: mac.filter(|_| is_known), is_fresh }))
+        };
+        self.dump("list neighbors", || self.handle.neighbours().get().execute(), neighbor).await
     }
 
     /// Has the kernel resolve a neighbor, as sending to it would (`NTF_USE`).
