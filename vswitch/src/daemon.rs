@@ -282,6 +282,10 @@ impl Daemon {
         let lost = self.control.borrow_mut().restore(state, &mut *self.links.borrow_mut());
         lost.iter().for_each(|sentence| warn!("not taken over: {sentence}"));
         info!("{} of {before} ports taken over", self.control.borrow().links().count());
+        // The MTU of their routes may be another than the former daemon knew: so they count as changed.
+        let control = self.control.borrow();
+        let plugged = control.pod_routes().map(|pod| (pod.port, PodRoutes { routes: Vec::new(), ..pod }));
+        self.pod_routes.replace(plugged.collect());
     }
 
     async fn handle(&self, request: Request) -> Result<Answer, ApiError> {
@@ -350,7 +354,7 @@ impl Daemon {
             wanted.values().filter(|pod| known.get(&pod.port).is_some_and(|known| known.routes != pod.routes));
         for PodRoutes { netns, mac, routes, .. } in changed {
             match update_routes(Path::new(netns), *mac, routes).await {
-                Ok(()) => info!("routes of {netns} follow the uplink's MTU"),
+                Ok(()) => debug!("routes of {netns} follow the uplink's MTU"),
                 Err(error) => warn!("routes of {netns} keep their old MTU: {error}"),
             }
         }

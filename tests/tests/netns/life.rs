@@ -51,7 +51,7 @@ fn an_uplink_changes_in_every_way() {
         namespace.ip("link set wire up").unwrap();
     }
     node.run(5, &["ethtool", "-L", "wire", "rx", "2", "tx", "2"]).unwrap();
-    let daemon = lab.daemon(&node, "node", CONFIG).unwrap();
+    let mut daemon = lab.daemon(&node, "node", CONFIG).unwrap();
     let (pod, _) = add_pod(lab, &daemon, "pod");
     kernel_far(&other);
     let reaches = || lab::wait_for(10, || pod.pings("10.244.2.1", 1, 1)).unwrap();
@@ -62,7 +62,10 @@ fn an_uplink_changes_in_every_way() {
     node.ip("link set wire mtu 1400").unwrap();
     await_line(&daemon, &["mtu 1400", "mtu changed from 1500 to 1400"]);
     lab::wait_for(5, || default_mtu(&pod) == "1350").unwrap();
+    // Also while there is no daemon.
+    assert!(daemon.stop());
     node.ip("link set wire mtu 1500").unwrap();
+    daemon.start().unwrap();
     lab::wait_for(5, || default_mtu(&pod) == "1450").unwrap();
     // Its queues.
     node.run(5, &["ethtool", "-L", "wire", "rx", "4", "tx", "4"]).unwrap();
