@@ -97,7 +97,7 @@ fn apply_bridge_keys(conf: &NetConf, port: &mut PortSpec, client: &mut Client) -
     port.default_route = keys.is_default_gateway.unwrap_or(true);
     port.hairpin = keys.hairpin_mode;
     port.isolated = keys.port_isolation;
-    port.check = keys.macspoofchk.then_some(SenderCheck::Mac);
+    port.check = keys.macspoofchk.then_some(SenderCheck::AtLeastMac);
     if keys.ip_masq {
         let Answer::Status(status) = client.call(Request::Status)? else { return Ok(()) };
         if !status.host.is_some_and(|host| host.masquerade) {

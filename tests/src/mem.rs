@@ -248,7 +248,10 @@ impl Switch {
         for Own { way, bytes } in self.control.take_own() {
             let worker = &mut self.backend.worker;
             match way {
-                OwnWay::Flood { network, from } => worker.originate(self.now_ns, &self.snapshot, network, from, &bytes),
+                OwnWay::Flood { network, from } => {
+                    worker.originate(self.now_ns, &self.snapshot, network, Some(from), &bytes);
+                }
+                OwnWay::Ports(network) => worker.originate(self.now_ns, &self.snapshot, network, None, &bytes),
                 OwnWay::Port(port) => worker.originate_by(self.now_ns, &self.snapshot, port, &bytes),
             }
         }

@@ -284,8 +284,9 @@ impl WorkerThread {
                 for Own { way, bytes } in packets {
                     match way {
                         OwnWay::Flood { network, from } => {
-                            self.worker.originate(now_ns, snapshot, network, from, &bytes);
+                            self.worker.originate(now_ns, snapshot, network, Some(from), &bytes);
                         }
+                        OwnWay::Ports(network) => self.worker.originate(now_ns, snapshot, network, None, &bytes),
                         OwnWay::Port(port) => self.worker.originate_by(now_ns, snapshot, port, &bytes),
                     }
                 }

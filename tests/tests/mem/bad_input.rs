@@ -16,7 +16,7 @@ fn inner() -> Vec<u8> {
 }
 
 /// A VXLAN packet to the first node, as its peer would send it.
-fn outer(source: &str, destination: &str, port: u16, vni: u32, inner: &[u8]) -> Vec<u8> {
+pub(super) fn outer(source: &str, destination: &str, port: u16, vni: u32, inner: &[u8]) -> Vec<u8> {
     let macs = (WIRE_MACS[1], WIRE_MACS[0]);
     let header = OuterHeader::new(macs, source.parse().unwrap(), destination.parse().unwrap(), port, None).unwrap();
     let mut packet = vec![0; header.len()];

@@ -9,7 +9,7 @@ use vswitch_tests::frames::{self, Ends};
 use vswitch_tests::mem::Switch;
 use vswitch_tests::twin::WIRE_MACS;
 
-use super::mac;
+use super::{bad_input, mac};
 
 fn add(switch: &mut Switch, port: &str) -> PortInfo {
     match switch.ask_json(&format!(r#"{{"op":"port_add",{port}}}"#)) {
@@ -259,4 +259,76 @@ fn a_port_that_comes_announces_itself() {
     assert!(icmp.verify_checksum(&ip.src_addr(), &ip.dst_addr()));
     assert_eq!(icmp.target_addr().to_string(), "fd09::9");
     assert_eq!(wire[0][50..], arp[..], "and over the wire");
+}
+
+#[test]
+fn a_trunk_is_stilled_by_the_limits_of_each_of_its_networks() {
+    let mut switch = Switch::new();
+    let networks = [
+        r#""name":"red","vni":10,"vlan":10"#,
+        r#""name":"blue","vni":20,"vlan":20,"storm":{"broadcast":100,"multicast":100,"unknown_unicast":100}"#,
+    ];
+    for network in networks {
+        switch.ask_json(&format!(r#"{{"op":"network_add","mode":"bridged","spoof_check":false,{network}}}"#)).unwrap();
+    }
+    let trunk = add(&mut switch, r#""link":"t","mac":"02:00:00:00:00:01","network":"red","trunk":[20]"#).id;
+    let red = add(&mut switch, r#""link":"r","mac":"02:00:00:00:00:02","network":"red""#).id;
+    let blue = add(&mut switch, r#""link":"b","mac":"02:00:00:00:00:03","network":"blue""#).id;
+    let frame = frames::udp(Ends { from: mac(1), to: MacAddr::BROADCAST }, "10.9.0.1", "10.9.0.9", b"x");
+    let tagged = [&frame[..12], &[0x81, 0, 0, 20], &frame[12..]].concat();
+    for _ in 0..1000 {
+        switch.send(trunk, &frame);
+        switch.send(trunk, &tagged);
+    }
+    switch.settle();
+    assert_eq!((switch.take(red).len(), switch.take(blue).len()), (1000, 10));
+}
+
+#[test]
+fn a_tag_is_not_counted_in_a_ports_mtu() {
+    let mut switch = Switch::new();
+    let network =
+        r#"{"op":"network_add","name":"plain","vni":30,"mode":"bridged","spoof_check":false,"transparent":true}"#;
+    switch.ask_json(network).unwrap();
+    let [one, two] = [1, 2].map(|number| {
+        add(
+            &mut switch,
+            &format!(r#""link":"p{number}","mac":"02:00:00:00:00:0{number}","network":"plain","mtu":1500"#),
+        )
+        .id
+    });
+    let frame = |bytes| {
+        let frame =
+            frames::udp(Ends { from: mac(1), to: mac(2) }, "10.9.0.1", "10.9.0.2", &std::vec::from_elem(7, bytes));
+        [&frame[..12], &[0x88, 0xa8, 0, 20], &frame[12..]].concat()
+    };
+    assert_eq!(switch.drop_of(one, &frame(1472)), None);
+    assert_eq!(switch.take(two)[0].len(), 1518);
+    assert_eq!(switch.drop_of(one, &frame(1473)), Some(DropReason::TooBigForPort));
+}
+
+#[test]
+fn peers_are_not_asked_and_may_have_many_groups() {
+    let (mut switch, ports) = lan(r#","multicast_snooping":true"#);
+    switch.pass(126_000_000_000);
+    assert_eq!(drain(&mut switch, &ports), [2, 2, 2, 0], "who asked a peer would get all of its multicast");
+    // A thousand groups of pods behind the peer; a port has 128 and what is beyond is counted.
+    let taken = |switch: &mut Switch| match switch.ask_json(r#"{"op":"group_list"}"#) {
+        Ok(Answer::Groups { groups }) => groups.len(),
+        other => panic!("{other:?}"),
+    };
+    let group = |number: u16| [239, 1, (number >> 8) as u8, number as u8];
+    for number in 0..1000 {
+        let frame = bad_input::outer("192.0.2.2", "192.0.2.1", 4789, 9, &igmp(9, 0x16, group(number)));
+        switch.send(UPLINK_PORT, &frame);
+        switch.settle();
+    }
+    assert_eq!(taken(&mut switch), 1000);
+    for number in 0..200 {
+        switch.send(ports[0], &igmp(1, 0x16, group(2000 + number)));
+        switch.settle();
+    }
+    assert_eq!(taken(&mut switch), 1128);
+    let Ok(Answer::Ports { ports }) = switch.ask_json(r#"{"op":"port_list"}"#) else { panic!() };
+    assert_eq!(ports.iter().map(|port| port.groups_refused).collect::<Vec<_>>(), [72, 0, 0]);
 }

@@ -120,7 +120,7 @@ fn errors_are_never_answered_and_neither_are_groups() {
     error[6..12].copy_from_slice(&mac(1).0);
     error[26..34].copy_from_slice(&[10, 1, 0, 1, 10, 1, 0, 77]);
     // About a packet that its receiver may have sent.
-    error[54..58].copy_from_slice(&[10, 1, 0, 77]);
+    error[54..62].copy_from_slice(&[10, 1, 0, 77, 10, 1, 0, 1]);
     let error = dont_fragment(error, true);
     assert_eq!(switch.drop_of(one.id, &error), Some(DropReason::NoHost));
     assert_eq!(switch.take(one.id), Vec::<Vec<u8>>::new());
@@ -143,10 +143,11 @@ fn a_forged_error_goes_nowhere() {
     let switch = &mut twin.switches[0];
     let (attacker, victim) = (pods[0][0].id, pods[0][1].id);
     // As the switch itself would tell it, about a packet of somebody: from 10.1.0.1, to 10.1.0.2.
-    let error = |quoted_source: [u8; 4]| {
+    let error = |quoted_source: [u8; 4], quoted_destination: [u8; 4]| {
         let quote = {
             let mut quote = frames::udp(ends(11), "10.1.0.2", "10.2.0.1", b"secret")[14..].to_vec();
             quote[12..16].copy_from_slice(&quoted_source);
+            quote[16..20].copy_from_slice(&quoted_destination);
             quote
         };
         let mut frame = Vec::new();
@@ -161,12 +162,14 @@ fn a_forged_error_goes_nowhere() {
         frame
     };
     for _ in 0..2 {
-        assert_eq!(switch.drop_of(attacker, &error([10, 1, 0, 99])), Some(DropReason::ForgedError));
-        assert_eq!(switch.drop_of(attacker, &error([10, 1, 0, 2])), None, "about a packet of the receiver's own");
+        let sender = [10, 1, 0, 1];
+        assert_eq!(switch.drop_of(attacker, &error([10, 1, 0, 99], sender)), Some(DropReason::ForgedError));
+        assert_eq!(switch.drop_of(attacker, &error([10, 1, 0, 2], [10, 2, 0, 1])), Some(DropReason::ForgedError));
+        assert_eq!(switch.drop_of(attacker, &error([10, 1, 0, 2], sender)), None, "about what the receiver sent to it");
     }
     assert_eq!(switch.take(victim).len(), 2);
     // And never in another's name.
-    let mut named = error([10, 1, 0, 2]);
+    let mut named = error([10, 1, 0, 2], [10, 1, 0, 1]);
     named[26..30].copy_from_slice(&[10, 1, 0, 254]);
     let named = dont_fragment(named, false);
     assert_eq!(switch.drop_of(attacker, &named), Some(DropReason::SpoofedAddress));

@@ -274,6 +274,9 @@ fn print_port(out: &mut impl Write, port: &PortInfo) -> io::Result<()> {
     if port.stations_refused > 0 {
         writeln!(out, "  {} stations beyond its limit were not learned", port.stations_refused)?;
     }
+    if port.groups_refused > 0 {
+        writeln!(out, "  {} memberships of groups beyond its limit were not taken", port.groups_refused)?;
+    }
     if !port.trunk.is_empty() {
         writeln!(out, "  trunk, vlans {}", join(&port.trunk))?;
     }

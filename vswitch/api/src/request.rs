@@ -177,6 +177,8 @@ pub enum SenderCheck {
     Mac,
     /// The source MAC and address, and what ARP and neighbor discovery claim.
     Full,
+    /// The source MAC, or more where the network checks more.
+    AtLeastMac,
 }
 
 /// Rates of a port (CNI conventions, `bandwidth`). Ingress is towards the pod. A rate of zero is no limit.

@@ -217,6 +217,9 @@ pub struct PortInfo {
     /// Stations that were not learned because the port had too many.
     #[serde(default)]
     pub stations_refused: u64,
+    /// Memberships of multicast groups that were not taken because the port had too many.
+    #[serde(default)]
+    pub groups_refused: u64,
     /// VLANs of a trunk.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trunk: Vec<u16>,

@@ -5,7 +5,7 @@ use vswitch_api::{
     Answer, ApiError, Encap, ErrorCode, FdbSpec, FdbTarget, NetworkMode, NetworkSpec, PeerSpec, Request, RouteSpec,
 };
 use vswitch_dataplane::Location;
-use vswitch_net::{MacAddr, NetworkIndex};
+use vswitch_net::{MacAddr, NetworkIndex, PeerIndex};
 
 use crate::backend::Backend;
 use crate::checks::{check_mac, check_name, check_prefix, check_prefixes, check_unicast, conflict, exhausted, invalid};
@@ -142,15 +142,9 @@ impl Control {
         }
         let groups = self.groups.forget_network(index);
         self.set_groups(groups);
-        let mut stations = self.learned.forget_network(index);
-        self.desired.stations.retain(|&(network, mac), entry| {
-            if network == index {
-                stations.push((network, mac));
-                entry.addresses.iter().for_each(|&address| self.tables.neighbors.remove(network, address));
-            }
-            network != index
-        });
-        self.forget_stations(stations);
+        let stations = self.learned.forget_network(index);
+        self.settle_stations(stations);
+        self.remove_stations(|network, _| network == index);
         if let Some(entry) = self.desired.networks.remove(name) {
             self.unsettle_network(&entry);
         }
@@ -188,58 +182,75 @@ impl Control {
                  cluster's addresses are: set [host] network, and its `subnets`",
             ));
         }
-        let index = match self.desired.by_vtep.get(&spec.vtep) {
-            // Known from a routing daemon so far; its routes now lead to the one that was asked for.
-            Some(&index) => {
-                let name = self.desired.peer_name(index);
-                self.desired.remove_peer(&name);
-                index
+        let index = self.desired.free_peer().ok_or_else(|| exhausted("there are 65535 peers already"))?;
+        let vteps: Vec<_> = spec.vteps().collect();
+        for vtep in &vteps {
+            // Known from the kernel's tables so far; what goes by it now goes by the one that was asked for.
+            if let Some(&known) = self.desired.by_vtep.get(vtep) {
+                self.forget_peer(known);
             }
-            None => self.desired.free_peer().ok_or_else(|| exhausted("there are 65535 peers already"))?,
-        };
+        }
         let is_configured = self.desired.is_configuring;
         self.desired.insert_peer(PeerEntry { index, spec, is_configured, is_imported: false });
+        self.settle_vteps(&vteps);
         self.mark(Dirty::Change);
         Ok(Answer::Done)
     }
 
     fn remove_peer(&mut self, name: &str) -> Applied {
         let (index, spec) = self.desired.peer(name).map(|peer| (peer.index, peer.spec.clone()))?;
-        let vtep = spec.vtep;
         let routes: Vec<(NetworkIndex, IpNet)> =
             self.desired.routes.iter().filter(|(_, route)| route.peer == name).map(|(&key, _)| key).collect();
         for (network, prefix) in routes {
             self.desired.routes.remove(&(network, prefix));
             self.settle(network, prefix);
         }
-        let groups = self.groups.forget_location(Location::Peer(index));
-        self.set_groups(groups);
         self.desired.mirrors.retain(|_, mirror| mirror.to != FdbTarget::Peer(name.to_owned()));
-        let mut stations = self.learned.forget_location(Location::Peer(index));
-        self.desired.stations.retain(|&station, entry| {
-            let goes = entry.at == FdbTarget::Peer(name.to_owned());
-            if goes {
-                entry.addresses.iter().for_each(|&address| self.tables.neighbors.remove(station.0, address));
-                stations.push(station);
+        self.remove_stations(|_, entry| entry.at == FdbTarget::Peer(name.to_owned()));
+        self.forget_peer(index);
+        let vteps: Vec<_> = spec.vteps().collect();
+        // What the kernel's tables still lead there goes on by a peer of its own.
+        self.settle_vteps(&vteps);
+        for vtep in vteps {
+            if !self.desired.by_vtep.contains_key(&vtep) {
+                self.underlay.next_hops.remove(&vtep);
             }
-            !goes
-        });
-        self.forget_stations(stations);
-        self.desired.remove_peer(name);
-        for vtep in spec.vteps() {
-            self.underlay.next_hops.remove(&vtep);
-        }
-        self.desired.imported_counts.remove(&index);
-        let imported: Vec<_> =
-            self.desired.imported.iter().filter(|(_, peer)| **peer == index).map(|(&key, _)| key).collect();
-        for (network, prefix) in imported {
-            // A routing daemon still knows them: they go on by a peer of their own.
-            self.desired.imported.remove(&(network, prefix));
-            self.import_route(prefix, Some(vtep));
-            self.settle(network, prefix);
         }
         self.mark(Dirty::Change);
         Ok(Answer::Done)
+    }
+
+    /// Takes a peer away, with what was heard from it.
+    fn forget_peer(&mut self, index: PeerIndex) {
+        let groups = self.groups.forget_location(Location::Peer(index));
+        self.set_groups(groups);
+        let stations = self.learned.forget_location(Location::Peer(index));
+        self.settle_stations(stations);
+        let name = self.desired.peer_name(index);
+        self.desired.remove_peer(&name);
+    }
+
+    /// Takes stations away that were asked for.
+    pub(crate) fn remove_stations(&mut self, goes: impl Fn(NetworkIndex, &StationEntry) -> bool) {
+        let gone: Vec<_> = self
+            .desired
+            .stations
+            .iter()
+            .filter(|((network, _), entry)| goes(*network, entry))
+            .map(|(&key, _)| key)
+            .collect();
+        for (network, mac) in gone {
+            self.forget_station(network, mac);
+        }
+    }
+
+    fn forget_station(&mut self, network: NetworkIndex, mac: MacAddr) -> bool {
+        let entry = self.desired.stations.remove(&(network, mac));
+        for &address in entry.iter().flat_map(|entry| &entry.addresses) {
+            self.settle_neighbor(network, address);
+        }
+        self.settle_station(network, mac);
+        entry.is_some()
     }
 
     fn add_route(&mut self, spec: RouteSpec) -> Applied {
@@ -257,7 +268,7 @@ impl Control {
         if self.desired.addresses(network.index).iter().any(|&address| IpNet::from(address) == spec.prefix) {
             return Err(conflict(format!("{} is the address of a port of this node", spec.prefix.addr())));
         }
-        self.desired.peer(&spec.peer)?;
+        self.desired.own_peer(&spec.peer)?;
         let key = (network.index, spec.prefix);
         if let Some(route) = self.desired.routes.get(&key) {
             return Err(conflict(format!(
@@ -306,32 +317,28 @@ impl Control {
         for &address in &spec.addresses {
             check_unicast("addresses", address)?;
         }
-        let suppresses = network.spec.neighbor_suppression;
-        self.learned.forget(index, spec.mac);
-        self.tables.fdb.insert(index, spec.mac, location);
-        for &address in spec.addresses.iter().filter(|_| suppresses) {
-            self.tables.neighbors.insert(index, address, spec.mac);
+        if let FdbTarget::Peer(name) = &spec.at {
+            self.desired.own_peer(name)?;
         }
+        self.learned.forget(index, spec.mac);
         let is_configured = self.desired.is_configuring;
         let FdbSpec { mac, at, addresses, .. } = spec;
-        self.desired.stations.insert((index, mac), StationEntry { at, addresses, is_configured });
+        let entry = StationEntry { at, addresses: addresses.clone(), is_configured };
+        self.desired.stations.insert((index, mac), entry);
+        self.settle_station(index, mac);
+        addresses.into_iter().for_each(|address| self.settle_neighbor(index, address));
         self.mark(Dirty::Change);
         Ok(Answer::Done)
     }
 
     fn remove_station(&mut self, network: &str, mac: MacAddr) -> Applied {
         let index = self.desired.network(Some(network))?.index;
-        let entry = self.desired.stations.remove(&(index, mac));
-        for &address in entry.iter().flat_map(|entry| &entry.addresses) {
-            self.tables.neighbors.remove(index, address);
-        }
-        let was_static = entry.is_some();
-        if !self.learned.forget(index, mac) && !was_static {
+        let was_learned = self.learned.forget(index, mac);
+        if !self.forget_station(index, mac) && !was_learned {
             return Err(not_found(format!(
                 "no station {mac} to remove: `switchctl fdb list --network {network}` shows them"
             )));
         }
-        self.tables.fdb.remove(index, mac);
         self.mark(Dirty::Change);
         Ok(Answer::Done)
     }

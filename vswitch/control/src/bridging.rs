@@ -1,8 +1,9 @@
 //! What bridged networks do beyond forwarding: groups, known neighbors, mirrors, and what the switch itself sends there.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
-use vswitch_api::{Answer, ApiError, FdbTarget, GroupInfo, MirrorDirection, MirrorSpec, NetworkMode};
+use vswitch_api::{Answer, ApiError, FdbTarget, GroupInfo, MirrorDirection, MirrorSpec, NetworkMode, PortSpec};
 use vswitch_dataplane::{Bucket, Location, Membership, Mirror, Receivers, Storm};
 use vswitch_net::{GATEWAY_MAC, MacAddr, NetworkIndex, PortId, checksum};
 
@@ -23,13 +24,15 @@ pub struct Own {
 /// Where a packet of the switch's own goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OwnWay {
-    /// To a network's ports and peers, as if it came from a port, or from none.
+    /// To a network's ports and peers, as if it came from a port.
     Flood {
         /// The network.
         network: NetworkIndex,
         /// The port that it goes out for, and not back to.
-        from: Option<PortId>,
+        from: PortId,
     },
+    /// To a network's ports.
+    Ports(NetworkIndex),
     /// Out of one port.
     Port(PortId),
 }
@@ -90,13 +93,14 @@ impl Control {
             .map(|entry| entry.index)
             .collect();
         for network in snooping {
-            self.ask(network, None);
+            self.ask(network);
         }
     }
 
-    fn ask(&mut self, network: NetworkIndex, from: Option<PortId>) {
+    /// Asks the ports, and no peer: who asks is taken for a multicast router, and gets every group.
+    fn ask(&mut self, network: NetworkIndex) {
         for bytes in [igmp_query(), mld_query()] {
-            self.own.push(Own { way: OwnWay::Flood { network, from }, bytes });
+            self.own.push(Own { way: OwnWay::Ports(network), bytes });
         }
     }
 
@@ -108,23 +112,30 @@ impl Control {
                 IpAddr::V4(v4) => gratuitous_arp(mac, v4),
                 IpAddr::V6(v6) => unsolicited_advertisement(mac, v6),
             };
-            self.own.push(Own { way: OwnWay::Flood { network, from: Some(port) }, bytes });
+            self.own.push(Own { way: OwnWay::Flood { network, from: port }, bytes });
         }
         if self.snoops(network) {
             // The newcomer is asked with all others; what it wants is known without waiting for the next round.
-            self.ask(network, None);
+            self.ask(network);
         }
     }
 
-    /// The storm limits of a network, as each of its ports holds them.
-    pub(crate) fn storm_of(entry: &NetworkEntry) -> Option<Storm> {
-        let limits = entry.spec.storm?;
+    /// The storm limits of the networks that a port carries; its buckets live as long as the port.
+    pub(crate) fn storms_of(&self, port: &PortSpec, own: &NetworkEntry) -> Vec<(NetworkIndex, Arc<Storm>)> {
+        let is_carried = |entry: &&NetworkEntry| {
+            entry.index == own.index || entry.spec.vlan.is_some_and(|vid| port.trunk.contains(&vid))
+        };
         let bucket = |rate: u64| (rate > 0).then(|| Bucket::new(rate, (rate / 10).max(10)));
-        Some(Storm {
-            broadcast: bucket(limits.broadcast),
-            multicast: bucket(limits.multicast),
-            unknown: bucket(limits.unknown_unicast),
-        })
+        let storm = |entry: &NetworkEntry| {
+            let limits = entry.spec.storm?;
+            let storm = Storm {
+                broadcast: bucket(limits.broadcast),
+                multicast: bucket(limits.multicast),
+                unknown: bucket(limits.unknown_unicast),
+            };
+            Some((entry.index, Arc::new(storm)))
+        };
+        self.desired.networks.values().filter(is_carried).filter_map(storm).collect()
     }
 
     pub(crate) fn add_mirror(&mut self, spec: MirrorSpec) -> Result<Answer, ApiError> {
@@ -153,7 +164,7 @@ impl Control {
                 }
             }
             FdbTarget::Peer(peer) => {
-                self.desired.peer(peer)?;
+                self.desired.own_peer(peer)?;
                 let name = spec.network.as_deref().ok_or_else(|| {
                     invalid("network: a mirror to a peer needs the network (its VNI) that the copies travel in")
                 })?;

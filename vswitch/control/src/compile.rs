@@ -74,7 +74,7 @@ impl Control {
                 mtu: entry.record.mtu,
                 kind,
                 limits: entry.limits.clone(),
-                storm: entry.storm.clone(),
+                storms: entry.storms.clone(),
                 mirrors_from,
                 mirrors_to,
             };
@@ -85,8 +85,8 @@ impl Control {
             .present()
             .map(|(port, uplink)| (port.index(), Port::new(uplink.mtu, PortKind::Uplink(uplink.mac))));
         let host = self.host.as_ref().zip(self.host_network()).map(|(host, network)| {
-            // The host routes: packets of all the world come from it.
-            let access = Access::new(network.index, host.mac, routers(&network.spec), SenderCheck::None);
+            // The host routes: packets of all the world come from it, but none of a pod.
+            let access = Access::new(network.index, host.mac, routers(&network.spec), SenderCheck::Elsewhere);
             (HOST_PORT.index(), Port::new(POD_LINK_MTU, PortKind::Access(access)))
         });
         by_index(access.chain(uplinks).chain(host))
@@ -100,7 +100,8 @@ impl Control {
             Some(api::SenderCheck::None) => SenderCheck::None,
             Some(api::SenderCheck::Mac) => SenderCheck::Mac,
             Some(api::SenderCheck::Full) => SenderCheck::Full,
-            None if is_checked => SenderCheck::Full,
+            Some(api::SenderCheck::AtLeastMac) | None if is_checked => SenderCheck::Full,
+            Some(api::SenderCheck::AtLeastMac) => SenderCheck::Mac,
             None => SenderCheck::None,
         };
         Access {
@@ -121,6 +122,7 @@ impl Control {
         };
         let asked = self.desired.peers.values().filter(gets_floods).map(|peer| peer.index);
         let followed = self.desired.followed.get(&entry.index).into_iter().flat_map(Followed::flood);
+        let followed = followed.filter_map(|vtep| self.desired.by_vtep.get(&vtep).copied());
         let flood_peers: BTreeSet<PeerIndex> = asked.chain(followed).collect();
         let routers = routers(&entry.spec);
         Network {

@@ -28,9 +28,9 @@ pub(crate) struct Desired {
     pub(crate) by_address: BTreeMap<(NetworkIndex, IpAddr), PortId>,
     /// Peers by their VTEPs.
     pub(crate) by_vtep: BTreeMap<IpAddr, PeerIndex>,
-    /// Routes that routing daemons gave the kernel, and how many lead to each peer.
-    pub(crate) imported: HashMap<(NetworkIndex, IpNet), PeerIndex>,
-    pub(crate) imported_counts: HashMap<PeerIndex, usize>,
+    /// Gateways of routes that routing daemons gave the kernel, and how many routes each has.
+    pub(crate) imported: HashMap<(NetworkIndex, IpNet), IpAddr>,
+    pub(crate) imported_counts: HashMap<IpAddr, usize>,
     pub(crate) mirrors: BTreeMap<String, MirrorSpec>,
     /// Stations that ports with a limit had too many of.
     pub(crate) refused: BTreeMap<PortId, u64>,
@@ -69,7 +69,7 @@ pub(crate) struct PortEntry {
     pub(crate) record: PortRecord,
     pub(crate) attached: Attached,
     pub(crate) limits: Option<Arc<Limits>>,
-    pub(crate) storm: Option<Arc<Storm>>,
+    pub(crate) storms: Vec<(NetworkIndex, Arc<Storm>)>,
 }
 
 #[derive(Clone, Debug)]
@@ -111,6 +111,22 @@ impl Desired {
 
     pub(crate) fn peer(&self, name: &str) -> Result<&PeerEntry, ApiError> {
         self.peers.get(name).ok_or_else(|| not_found(format!("no peer \"{name}\": `switchctl peer list` shows them")))
+    }
+
+    /// A peer that a request may name: one that somebody asked for.
+    pub(crate) fn own_peer(&self, name: &str) -> Result<&PeerEntry, ApiError> {
+        let peer = self.peer(name)?;
+        if peer.is_imported {
+            return Err(ApiError::new(
+                ErrorCode::Invalid,
+                format!(
+                    "peer \"{name}\" is known from the kernel's tables and goes with them: add one of your own for it \
+                     (`switchctl peer add NAME {}`)",
+                    peer.spec.vtep
+                ),
+            ));
+        }
+        Ok(peer)
     }
 
     pub(crate) fn peer_of(&self, index: PeerIndex) -> Option<&PeerEntry> {
@@ -202,7 +218,9 @@ impl Desired {
     pub(crate) fn remove_peer(&mut self, name: &str) -> Option<PeerEntry> {
         let entry = self.peers.remove(name)?;
         for vtep in entry.spec.vteps() {
-            self.by_vtep.remove(&vtep);
+            if self.by_vtep.get(&vtep) == Some(&entry.index) {
+                self.by_vtep.remove(&vtep);
+            }
         }
         Some(entry)
     }

@@ -3,36 +3,37 @@
 //! A bridged network may name such a device. Its forwarding entries become stations behind peers, and its entries for the
 //! zero MAC, which is how EVPN's type-3 routes arrive, become peers to flood to. What spoke last is right: a followed
 //! station replaces a learned one, and a packet from a port here replaces a followed one, until the routing daemon has
-//! heard of the move and says so (RFC 7432 section 15).
+//! heard of the move and says so (RFC 7432 section 15). What a peer sends teaches nothing about a followed station.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use vswitch_api::NetworkMode;
 use vswitch_dataplane::Location;
-use vswitch_net::{MacAddr, NetworkIndex, PeerIndex};
+use vswitch_net::{MacAddr, NetworkIndex};
 
 use crate::{Control, Dirty};
 
 /// What one network's device knows.
 #[derive(Debug, Default)]
 pub(crate) struct Followed {
-    stations: HashMap<MacAddr, PeerIndex>,
-    /// Stations of each peer.
-    counts: HashMap<PeerIndex, usize>,
-    flood: BTreeSet<PeerIndex>,
+    stations: HashMap<MacAddr, IpAddr>,
+    /// Stations of each VTEP.
+    counts: HashMap<IpAddr, usize>,
+    /// VTEPs that get the network's floods.
+    flood: BTreeSet<IpAddr>,
     /// Addresses of stations elsewhere.
     addresses: HashMap<IpAddr, MacAddr>,
 }
 
 impl Followed {
-    /// True if a station or a flood leads to the peer.
-    pub(crate) fn uses(&self, peer: PeerIndex) -> bool {
-        self.flood.contains(&peer) || self.counts.get(&peer).is_some_and(|&count| count > 0)
+    /// True if a station or a flood leads to the VTEP.
+    pub(crate) fn uses(&self, vtep: IpAddr) -> bool {
+        self.flood.contains(&vtep) || self.counts.get(&vtep).is_some_and(|&count| count > 0)
     }
 
-    /// Peers that get the network's floods.
-    pub(crate) fn flood(&self) -> impl Iterator<Item = PeerIndex> + '_ {
+    /// VTEPs that get the network's floods.
+    pub(crate) fn flood(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.flood.iter().copied()
     }
 
@@ -40,17 +41,25 @@ impl Followed {
         self.addresses.keys().copied()
     }
 
-    pub(crate) fn stations(&self) -> impl Iterator<Item = (MacAddr, PeerIndex)> + '_ {
-        self.stations.iter().map(|(&mac, &peer)| (mac, peer))
+    pub(crate) fn stations(&self) -> impl Iterator<Item = (MacAddr, IpAddr)> + '_ {
+        self.stations.iter().map(|(&mac, &vtep)| (mac, vtep))
     }
 
-    fn replace(&mut self, mac: MacAddr, peer: Option<PeerIndex>) -> Option<PeerIndex> {
-        let before = match peer {
-            Some(peer) => self.stations.insert(mac, peer),
+    pub(crate) fn vtep_of(&self, mac: MacAddr) -> Option<IpAddr> {
+        self.stations.get(&mac).copied()
+    }
+
+    pub(crate) fn owner_of(&self, address: IpAddr) -> Option<MacAddr> {
+        self.addresses.get(&address).copied()
+    }
+
+    fn replace(&mut self, mac: MacAddr, vtep: Option<IpAddr>) -> Option<IpAddr> {
+        let before = match vtep {
+            Some(vtep) => self.stations.insert(mac, vtep),
             None => self.stations.remove(&mac),
         };
-        if let Some(peer) = peer {
-            *self.counts.entry(peer).or_default() += 1;
+        if let Some(vtep) = vtep {
+            *self.counts.entry(vtep).or_default() += 1;
         }
         if let Some(count) = before.and_then(|before| self.counts.get_mut(&before)) {
             *count -= 1;
@@ -65,38 +74,26 @@ impl Control {
         if !self.desired.is_bridged(network) || mac.is_multicast() || mac.is_zero() {
             return;
         }
-        let peer = match vtep {
-            Some(vtep) => match self.imported_peer(vtep) {
-                Some(peer) => Some(peer),
-                None => return,
-            },
-            None => None,
-        };
-        let before = self.desired.followed.entry(network).or_default().replace(mac, peer);
-        if before == peer || self.desired.is_static(network, mac) {
+        if vtep.is_some_and(|vtep| self.imported_peer(vtep).is_none()) {
             return;
         }
-        match (peer, before) {
-            (Some(peer), _) => {
-                self.learned.forget(network, mac);
-                self.tables.fdb.insert(network, mac, Location::Peer(peer));
-            }
-            (None, Some(before)) if self.tables.fdb.lookup(network, mac) == Some(Location::Peer(before)) => {
-                self.tables.fdb.remove(network, mac);
-            }
-            (None, _) => return,
+        let before = self.desired.followed.entry(network).or_default().replace(mac, vtep);
+        if vtep.is_some() {
+            self.learned.forget(network, mac);
+        } else if before.is_none() {
+            return;
         }
+        self.settle_station(network, mac);
         self.mark(Dirty::Change);
     }
 
     /// Takes note of an entry for the zero MAC: a VTEP gets the network's floods, or no more.
     pub fn follow_flood(&mut self, network: NetworkIndex, vtep: IpAddr, is_there: bool) {
-        if !self.desired.is_bridged(network) {
+        if !self.desired.is_bridged(network) || self.imported_peer(vtep).is_none() {
             return;
         }
-        let Some(peer) = self.imported_peer(vtep) else { return };
         let flood = &mut self.desired.followed.entry(network).or_default().flood;
-        let is_new = if is_there { flood.insert(peer) } else { flood.remove(&peer) };
+        let is_new = if is_there { flood.insert(vtep) } else { flood.remove(&vtep) };
         if is_new {
             self.mark(Dirty::Change);
         }
@@ -104,8 +101,7 @@ impl Control {
 
     /// Takes note of an address of a station elsewhere, or that it is gone: ARP and neighbor discovery for it are answered.
     pub fn follow_address(&mut self, network: NetworkIndex, address: IpAddr, mac: Option<MacAddr>) {
-        let entry = self.desired.networks.values().find(|entry| entry.index == network);
-        if !entry.is_some_and(|entry| entry.spec.mode == NetworkMode::Bridged && entry.spec.neighbor_suppression) {
+        if !self.desired.is_bridged(network) {
             return;
         }
         let addresses = &mut self.desired.followed.entry(network).or_default().addresses;
@@ -113,20 +109,35 @@ impl Control {
             Some(mac) => addresses.insert(address, mac),
             None => addresses.remove(&address),
         };
-        // A port here has its own addresses, whatever is said elsewhere.
-        let is_own = self
-            .desired
-            .ports
-            .values()
-            .any(|port| port.network == network && port.record.spec.addresses.contains(&address));
-        if before == mac || is_own {
-            return;
+        if before != mac {
+            self.settle_neighbor(network, address);
+            self.mark(Dirty::Addition);
         }
-        match mac {
-            Some(mac) => self.tables.neighbors.insert(network, address, mac),
-            None => self.tables.neighbors.remove(network, address),
+    }
+
+    /// True if the kernel's device of a network has a station.
+    pub(crate) fn is_followed(&self, network: NetworkIndex, mac: MacAddr) -> bool {
+        self.desired.followed.get(&network).is_some_and(|followed| followed.vtep_of(mac).is_some())
+    }
+
+    /// Brings all that goes by some VTEPs up to date, after their peers came or went.
+    pub(crate) fn settle_vteps(&mut self, vteps: &[IpAddr]) {
+        for &vtep in vteps {
+            let is_wanted = self.desired.imported_counts.get(&vtep).is_some_and(|&count| count > 0)
+                || self.desired.followed.values().any(|followed| followed.uses(vtep));
+            if is_wanted {
+                self.imported_peer(vtep);
+            }
         }
-        self.mark(Dirty::Addition);
+        let routes = self.desired.imported.iter().filter(|(_, gateway)| vteps.contains(gateway));
+        let routes: Vec<_> = routes.map(|(&key, _)| key).collect();
+        routes.into_iter().for_each(|(network, prefix)| self.settle(network, prefix));
+        let of_network = |(&network, followed): (&NetworkIndex, &Followed)| {
+            let stations = followed.stations().filter(|(_, vtep)| vteps.contains(vtep));
+            stations.map(|(mac, _)| (network, mac)).collect::<Vec<_>>()
+        };
+        let stations = self.desired.followed.iter().flat_map(of_network).collect();
+        self.settle_stations(stations);
     }
 
     /// Stations behind ports here, with the addresses that are known of them: what the kernel's device is to be told.

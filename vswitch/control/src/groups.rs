@@ -17,8 +17,11 @@ pub(crate) const AGE_NS: u64 = 260_000_000_000;
 /// How often members are asked (RFC 3376 section 8.2).
 pub(crate) const ASK_NS: u64 = 125_000_000_000;
 
-/// Most groups of one member.
-const OF_MEMBER: usize = 128;
+/// Most groups of one port.
+const OF_PORT: usize = 128;
+
+/// Most groups of one peer, behind which are all of its ports.
+const OF_PEER: usize = 2048;
 
 /// Most groups of one network.
 const OF_NETWORK: usize = 4096;
@@ -31,8 +34,8 @@ pub(crate) struct Groups {
     members: BTreeMap<Group, BTreeMap<Location, u64>>,
     /// Where queries come from.
     routers: BTreeMap<(NetworkIndex, Location), u64>,
-    /// Memberships that were not taken because there were too many.
-    pub(crate) refused: u64,
+    /// Memberships that were not taken because a member had too many.
+    refused: BTreeMap<Location, u64>,
 }
 
 impl Groups {
@@ -58,8 +61,9 @@ impl Groups {
                 let of_member = self.members.values().filter(|members| members.contains_key(&at)).count();
                 let of_network = self.members.range((network, FIRST)..).take_while(|((other, _), _)| *other == network);
                 let is_full = !self.members.contains_key(&key) && of_network.count() >= OF_NETWORK;
-                if of_member >= OF_MEMBER || is_full {
-                    self.refused += 1;
+                let most = if matches!(at, Location::Port(_)) { OF_PORT } else { OF_PEER };
+                if of_member >= most || is_full {
+                    *self.refused.entry(at).or_default() += 1;
                     return None;
                 }
                 self.members.entry(key).or_default().insert(at, now_ns);
@@ -76,8 +80,14 @@ impl Groups {
         self.forget(|_, _, seen| is_old(seen))
     }
 
+    /// How many memberships of a place were not taken.
+    pub(crate) fn refused(&self, at: Location) -> u64 {
+        self.refused.get(&at).copied().unwrap_or(0)
+    }
+
     /// Forgets a place that is gone.
     pub(crate) fn forget_location(&mut self, at: Location) -> Vec<(NetworkIndex, Heard)> {
+        self.refused.remove(&at);
         self.forget(|_, other, _| other == at)
     }
 
@@ -196,8 +206,8 @@ mod tests {
         for number in 0..100_000 {
             groups.heard(0, NET, Location::Port(PortId(9)), Membership::Join(group(number)));
         }
-        assert_eq!(groups.members.len(), OF_MEMBER);
-        assert_eq!(groups.refused, 100_000 - OF_MEMBER as u64);
+        assert_eq!(groups.members.len(), OF_PORT);
+        assert_eq!(groups.refused(Location::Port(PortId(9))), 100_000 - OF_PORT as u64);
         assert!(groups.heard(0, NET, Location::Port(PortId(10)), Membership::Join(group(500_000))).is_some());
     }
 }

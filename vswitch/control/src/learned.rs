@@ -126,6 +126,10 @@ impl Learned {
         }
     }
 
+    pub(crate) fn location(&self, network: NetworkIndex, mac: MacAddr) -> Option<Location> {
+        self.stations.get(&(network, mac)).map(|entry| entry.location)
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Station, Entry)> + '_ {
         self.stations.iter().map(|(&station, &entry)| (station, entry))
     }

@@ -35,6 +35,7 @@ mod ports;
 mod report;
 mod routes;
 mod state;
+mod stations;
 mod tagged;
 mod underlay;
 
@@ -47,7 +48,7 @@ pub use state::{PortRecord, State};
 pub use underlay::{NextHop, UplinkState};
 use vswitch_api::{Answer, ApiError, Encap, Request};
 use vswitch_dataplane::{Event, Location, Snapshot};
-use vswitch_net::{NetworkIndex, PortId};
+use vswitch_net::PortId;
 
 use crate::compile::Tables;
 use crate::desired::Desired;
@@ -206,6 +207,9 @@ impl Control {
         if self.desired.is_static(network, mac) || !self.desired.is_at(network, location) {
             return;
         }
+        if matches!(location, Location::Peer(_)) && self.is_followed(network, mac) {
+            return;
+        }
         let limits = self.desired.limits_at(location);
         match self.learned.seen(now_ns, network, mac, location, limits) {
             Change::None => {}
@@ -216,14 +220,14 @@ impl Control {
             }
             Change::New { evicted } => {
                 if let Some(evicted) = evicted {
-                    self.tables.fdb.remove(network, evicted);
-                    self.mark(Dirty::Change);
+                    self.settle_station(network, evicted);
                 }
-                self.tables.fdb.insert(network, mac, location);
-                self.mark(Dirty::Addition);
+                let is_change = evicted.is_some() || self.is_followed(network, mac);
+                self.settle_station(network, mac);
+                self.mark(if is_change { Dirty::Change } else { Dirty::Addition });
             }
             Change::Moved => {
-                self.tables.fdb.insert(network, mac, location);
+                self.settle_station(network, mac);
                 self.mark(Dirty::Change);
             }
         }
@@ -231,8 +235,9 @@ impl Control {
 
     /// Lets time pass: stations that were silent too long are forgotten. Call it about once a second.
     pub fn tick(&mut self, now_ns: u64) {
-        for (network, mac) in self.learned.age(now_ns) {
-            self.tables.fdb.remove(network, mac);
+        let silent = self.learned.age(now_ns);
+        if !silent.is_empty() {
+            self.settle_stations(silent);
             self.mark(Dirty::Change);
         }
         let silent = self.groups.age(now_ns);
@@ -339,11 +344,5 @@ impl Control {
 
     fn mark(&mut self, dirty: Dirty) {
         self.dirty = self.dirty.max(dirty);
-    }
-
-    fn forget_stations(&mut self, gone: Vec<(NetworkIndex, vswitch_net::MacAddr)>) {
-        for (network, mac) in gone {
-            self.tables.fdb.remove(network, mac);
-        }
     }
 }

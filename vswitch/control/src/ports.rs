@@ -144,19 +144,17 @@ impl Control {
             }
             NetworkMode::Bridged => {
                 self.learned.forget(network.index, mac);
-                self.tables.fdb.insert(network.index, mac, Location::Port(id));
-                for &address in record.spec.addresses.iter().filter(|_| network.spec.neighbor_suppression) {
-                    self.tables.neighbors.insert(network.index, address, mac);
-                }
                 self.announce(network.index, id, mac, &record.spec.addresses);
             }
         }
         let addresses = record.spec.addresses.clone();
         let limits = limits_of(&record.spec.bandwidth);
-        let storm = Control::storm_of(network).map(Arc::new);
-        self.desired.ports.insert(id, PortEntry { network: network.index, record, attached, limits, storm });
+        let storms = self.storms_of(&record.spec, network);
+        self.desired.ports.insert(id, PortEntry { network: network.index, record, attached, limits, storms });
+        self.settle_station(network.index, mac);
         for address in addresses {
             self.settle(network.index, address.into());
+            self.settle_neighbor(network.index, address);
         }
         self.mark(Dirty::Change);
         Ok(())
@@ -216,10 +214,9 @@ impl Control {
         backend.detach(id);
         for &address in &port.record.spec.addresses {
             self.desired.by_address.remove(&(port.network, address));
-            self.tables.neighbors.remove(port.network, address);
             self.settle(port.network, address.into());
+            self.settle_neighbor(port.network, address);
         }
-        self.tables.fdb.remove(port.network, port.record.spec.mac);
         self.desired.refused.remove(&id);
         let link = &port.record.spec.link;
         self.desired.mirrors.retain(|_, mirror| {
@@ -229,15 +226,9 @@ impl Control {
         let groups = self.groups.forget_location(Location::Port(id));
         self.set_groups(groups);
         let mut stations = self.learned.forget_location(Location::Port(id));
-        let at = FdbTarget::Port(port.record.spec.link);
-        self.desired.stations.retain(|&station, entry| {
-            if entry.at == at {
-                entry.addresses.iter().for_each(|&address| self.tables.neighbors.remove(station.0, address));
-                stations.push(station);
-            }
-            entry.at != at
-        });
-        self.forget_stations(stations);
+        stations.push((port.network, port.record.spec.mac));
+        self.settle_stations(stations);
+        self.remove_stations(|_, entry| entry.at == FdbTarget::Port(port.record.spec.link.clone()));
         self.mark(Dirty::Change);
     }
 }

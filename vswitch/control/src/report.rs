@@ -1,6 +1,6 @@
 //! Requests that only ask.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -16,6 +16,7 @@ use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, MacAddr, NetworkIndex, Po
 use crate::backend::{Attached, Backend, WorkerSample};
 use crate::checks::full_length;
 use crate::desired::{NetworkEntry, not_found};
+use crate::follow::Followed;
 use crate::routes::routers;
 use crate::underlay::Uplink;
 use crate::{Control, HOST_PORT, ipam};
@@ -72,6 +73,7 @@ impl Control {
             netns: spec.netns.clone(),
             labels: spec.labels.clone(),
             stations_refused: self.desired.refused.get(&id).copied().unwrap_or(0),
+            groups_refused: self.groups.refused(Location::Port(id)),
             trunk: spec.trunk.clone(),
             bandwidth: spec.bandwidth,
             port_mappings: spec.port_mappings.clone(),
@@ -237,8 +239,15 @@ impl Control {
             self.desired.ports.values().filter(|port| port.network == network && self.desired.is_bridged(network));
         self.desired.stations.keys().filter(|(other, _)| *other == network).count()
             + own.count()
-            + self.desired.followed.get(&network).map_or(0, |followed| followed.stations().count())
+            + self.followed_stations(network).count()
             + self.learned.iter().filter(|((other, _), _)| *other == network).count()
+    }
+
+    /// Stations that only the kernel's device has, with their VTEPs.
+    fn followed_stations(&self, network: NetworkIndex) -> impl Iterator<Item = (MacAddr, IpAddr)> + '_ {
+        let nearer = self.nearer_stations(network);
+        let all = self.desired.followed.get(&network).into_iter().flat_map(Followed::stations);
+        all.filter(move |(mac, _)| !nearer.contains(mac))
     }
 
     fn peers(&self) -> Vec<PeerInfo> {
@@ -278,8 +287,12 @@ impl Control {
             let spec = &port.record.spec;
             (port.network, spec.mac, FdbTarget::Port(spec.link.clone()), None)
         });
-        let followed = self.desired.followed.iter().flat_map(|(&network, followed)| {
-            followed.stations().map(move |(mac, peer)| (network, mac, self.target(Location::Peer(peer)), None))
+        let names = self.peer_names();
+        let followed = self.desired.followed.keys().flat_map(|&network| {
+            let names = &names;
+            self.followed_stations(network).filter_map(move |(mac, vtep)| {
+                Some((network, mac, FdbTarget::Peer(names.get(&vtep)?.to_string()), None))
+            })
         });
         let learned = self.learned.iter().map(|((network, mac), entry)| {
             let age = now_ns.saturating_sub(entry.seen_ns) / 1_000_000_000;
@@ -309,9 +322,9 @@ impl Control {
             .routes
             .iter()
             .map(|(&(network, prefix), entry)| (network, prefix, FdbTarget::Peer(entry.peer.clone()), false));
-        let names: BTreeMap<_, _> = self.desired.peers.values().map(|peer| (peer.index, &peer.spec.name)).collect();
-        let imported = self.desired.imported.iter().filter_map(|(&(network, prefix), peer)| {
-            Some((network, prefix, FdbTarget::Peer((*names.get(peer)?).clone()), true))
+        let names = self.peer_names();
+        let imported = self.desired.imported.iter().filter_map(|(&(network, prefix), gateway)| {
+            Some((network, prefix, FdbTarget::Peer(names.get(gateway)?.to_string()), true))
         });
         let to_ports =
             self.desired.ports.values().filter(|port| !self.desired.is_bridged(port.network)).flat_map(|port| {
@@ -340,6 +353,13 @@ impl Control {
             .collect();
         routes.sort_by(|a, b| (&a.network, a.prefix).cmp(&(&b.network, b.prefix)));
         routes
+    }
+
+    /// Peers by their VTEPs.
+    fn peer_names(&self) -> HashMap<IpAddr, &str> {
+        let of_peer = |peer: &'_ crate::desired::PeerEntry| peer.spec.vteps().collect::<Vec<_>>();
+        let peers = self.desired.peers.values();
+        peers.flat_map(|peer| of_peer(peer).into_iter().map(|vtep| (vtep, peer.spec.name.as_str()))).collect()
     }
 
     fn neighbors(&self) -> Vec<NeighborInfo> {

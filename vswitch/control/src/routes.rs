@@ -47,7 +47,7 @@ impl Control {
         let imported = self.desired.imported.keys().filter(|(network, _)| *network == entry.index);
         let imported: Vec<IpNet> = imported.map(|&(_, prefix)| prefix).collect();
         for prefix in imported {
-            self.desired.imported.remove(&(entry.index, prefix));
+            self.forget_import((entry.index, prefix));
             self.settle(entry.index, prefix);
         }
         for prefix in own_prefixes(&entry.spec) {
@@ -66,7 +66,7 @@ impl Control {
         if let Some(peer) = asked {
             return Some(NextHop::Peer(peer.index));
         }
-        if let Some(&peer) = self.desired.imported.get(&key) {
+        if let Some(&peer) = self.desired.imported.get(&key).and_then(|gateway| self.desired.by_vtep.get(gateway)) {
             return Some(NextHop::Peer(peer));
         }
         let entry = self.desired.networks.values().find(|entry| entry.index == network)?;
@@ -107,26 +107,30 @@ impl Control {
             return false;
         }
         let key = (index, prefix);
-        let before = match gateway {
-            Some(gateway) => {
-                let Some(peer) = self.imported_peer(gateway) else { return false };
-                let before = self.desired.imported.insert(key, peer);
-                if before == Some(peer) {
-                    return true;
-                }
-                *self.desired.imported_counts.entry(peer).or_default() += 1;
-                before
-            }
-            None => self.desired.imported.remove(&key),
-        };
-        if let Some(before) = before
-            && let Some(count) = self.desired.imported_counts.get_mut(&before)
-        {
-            *count -= 1;
+        if self.desired.imported.get(&key).copied() == gateway {
+            return gateway.is_some();
+        }
+        if gateway.is_some_and(|gateway| self.imported_peer(gateway).is_none()) {
+            return false;
+        }
+        self.forget_import(key);
+        if let Some(gateway) = gateway {
+            self.desired.imported.insert(key, gateway);
+            *self.desired.imported_counts.entry(gateway).or_default() += 1;
         }
         self.settle(index, prefix);
         self.mark(Dirty::Change);
         true
+    }
+
+    fn forget_import(&mut self, key: (NetworkIndex, IpNet)) {
+        let Some(before) = self.desired.imported.remove(&key) else { return };
+        if let Some(count) = self.desired.imported_counts.get_mut(&before) {
+            *count -= 1;
+            if *count == 0 {
+                self.desired.imported_counts.remove(&before);
+            }
+        }
     }
 
     /// Removes the peers that imports made and no route leads to any more. Call it after a batch of imports.
@@ -140,7 +144,6 @@ impl Control {
             .collect();
         for name in unused {
             if let Some(peer) = self.desired.remove_peer(&name) {
-                self.desired.imported_counts.remove(&peer.index);
                 for vtep in peer.spec.vteps() {
                     self.underlay.next_hops.remove(&vtep);
                 }
@@ -150,14 +153,10 @@ impl Control {
     }
 
     fn is_used(&self, peer: &PeerEntry) -> bool {
-        self.desired.imported_counts.get(&peer.index).is_some_and(|&count| count > 0)
-            || self.desired.followed.values().any(|followed| followed.uses(peer.index))
-            || self.desired.routes.values().any(|route| route.peer == peer.spec.name)
-            || self
-                .desired
-                .stations
-                .values()
-                .any(|station| station.at == vswitch_api::FdbTarget::Peer(peer.spec.name.clone()))
+        peer.spec.vteps().any(|vtep| {
+            self.desired.imported_counts.contains_key(&vtep)
+                || self.desired.followed.values().any(|followed| followed.uses(vtep))
+        })
     }
 
     /// The peer behind a gateway: one that was asked for, or one made now.

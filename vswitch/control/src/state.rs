@@ -70,11 +70,8 @@ pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Bac
             lost.push(error.message);
         }
     }
-    for mirror in mirrors {
-        if let Err(error) = control.apply(Request::MirrorAdd(mirror), backend) {
-            lost.push(error.message);
-        }
-    }
+    // A mirror waits, like the ports that it names.
+    control.desired.mirrors.extend(mirrors.into_iter().map(|mirror| (mirror.name.clone(), mirror)));
     lost
 }
 

@@ -18,10 +18,13 @@ use crate::verdict::{Action, DropReason, Rewrite, Verdict};
 
 /// ICMPv6 types of neighbor discovery (RFC 4861 section 4).
 const ROUTER_SOLICITATION: u8 = 133;
-const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOR_SOLICITATION: u8 = 135;
 const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
+
+/// Options of neighbor discovery that tell a MAC address (RFC 4861 section 4.6.1).
+const SOURCE_LINK_LAYER: u8 = 1;
+const TARGET_LINK_LAYER: u8 = 2;
 
 /// A verdict, and whether the sender's address is to be learned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +51,7 @@ pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
         return drop_it(DropReason::BadSourceMac);
     }
     let checked = match snapshot.port(meta.ingress).map(|port| &port.kind) {
-        Some(PortKind::Access(access)) => check_sender(meta, head, access).map(|()| Origin::Port),
+        Some(PortKind::Access(access)) => check_sender(meta, head, access, network, snapshot).map(|()| Origin::Port),
         Some(PortKind::Uplink(_)) if meta.peer.is_some() => Ok(Origin::Wire),
         Some(PortKind::Uplink(_)) => check_direct(meta, snapshot).map(|()| Origin::Wire),
         None => Err(DropReason::NoPort),
@@ -68,7 +71,7 @@ pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
 
 /// Whether packets like this one may take the flow table's way: not those whose contents are judged, which no key holds.
 pub(crate) fn is_cacheable(meta: &Meta) -> bool {
-    meta.kind != Kind::Arp && !is_discovery(meta) && !icmp::is_error(meta)
+    meta.kind != Kind::Arp && !is_discovery(meta) && !icmp::is_error(meta) && !icmp::is_fragment(meta)
 }
 
 /// Forwarding by MAC (802.1Q-2018 section 8.6).
@@ -162,13 +165,17 @@ fn route(
     if stays_on_link(source) || stays_on_link(destination) {
         return Err(DropReason::LinkLocal);
     }
-    if icmp::is_error(meta) && !icmp::quotes_receiver(meta, head) {
+    if icmp::is_error(meta) && !icmp::quotes(meta, head, None) {
         return Err(DropReason::ForgedError);
+    }
+    let next_hop = snapshot.routes.lookup(meta.network, destination);
+    if next_hop == Some(NextHop::Gateway) {
+        return to_gateway(meta);
     }
     if meta.ttl <= 1 {
         return Err(DropReason::TtlExpired);
     }
-    match snapshot.routes.lookup(meta.network, destination) {
+    match next_hop {
         None => Err(DropReason::NoRoute),
         Some(NextHop::Nowhere) => Err(DropReason::NoHost),
         Some(NextHop::Gateway) => to_gateway(meta),
@@ -213,9 +220,17 @@ fn check_direct(meta: &Meta, snapshot: &Snapshot) -> Result<(), DropReason> {
 }
 
 /// A pod sends with its own MAC and addresses only, and claims no others in ARP and neighbor discovery.
-fn check_sender(meta: &Meta, head: &[u8], access: &Access) -> Result<(), DropReason> {
-    if access.check == SenderCheck::None {
-        return Ok(());
+fn check_sender(
+    meta: &Meta,
+    head: &[u8],
+    access: &Access,
+    network: &Network,
+    snapshot: &Snapshot,
+) -> Result<(), DropReason> {
+    match access.check {
+        SenderCheck::None => return Ok(()),
+        SenderCheck::Elsewhere => return check_elsewhere(meta, snapshot),
+        SenderCheck::Mac | SenderCheck::Full => {}
     }
     if meta.source != access.mac {
         return Err(DropReason::SpoofedMac);
@@ -234,9 +249,12 @@ fn check_sender(meta: &Meta, head: &[u8], access: &Access) -> Result<(), DropRea
         Kind::V4 | Kind::V6 => {
             let (source, _) = meta.addresses().ok_or(DropReason::NotIp)?;
             // A host may speak from its link-local address, and from none before it has one (RFC 4862 section 5.4). A
-            // routed network takes neither further.
+            // routed network takes neither further, so there it may be any.
             let is_local = match source {
                 IpAddr::V4(_) => false,
+                IpAddr::V6(v6) if network.mode == NetworkMode::Bridged => {
+                    v6.is_unspecified() || v6 == link_local(access.mac)
+                }
                 IpAddr::V6(v6) => v6.is_unspecified() || v6.is_unicast_link_local(),
             };
             if !is_local && !owns(source) {
@@ -245,24 +263,57 @@ fn check_sender(meta: &Meta, head: &[u8], access: &Access) -> Result<(), DropRea
             if is_discovery(meta) {
                 check_discovery(meta, head, access)?;
             }
+            // Somebody who forwards for nobody can only report about what was sent to it.
+            if icmp::is_error(meta) && !icmp::quotes(meta, head, Some(&access.addresses)) {
+                return Err(DropReason::ForgedError);
+            }
             Ok(())
         }
         Kind::Other => Ok(()),
     }
 }
 
-/// What a pod may say in neighbor discovery: it is no router, and it has its own addresses and the link-local one of its
-/// MAC.
-fn check_discovery(meta: &Meta, head: &[u8], access: &Access) -> Result<(), DropReason> {
-    match icmp_type(meta) {
-        ROUTER_ADVERTISEMENT | REDIRECT => Err(DropReason::SpoofedNeighbor),
-        NEIGHBOR_ADVERTISEMENT => {
-            let target = v6_at(head, usize::from(meta.l4) + 8)?;
-            let is_own = access.addresses.contains(&target.into()) || target == link_local(access.mac);
-            if is_own { Ok(()) } else { Err(DropReason::SpoofedNeighbor) }
-        }
+/// What comes from the host's stack may have been sent by anybody in the world, but by no pod: those have ports, and
+/// peers that encapsulate, of their own.
+fn check_elsewhere(meta: &Meta, snapshot: &Snapshot) -> Result<(), DropReason> {
+    let Some((source, _)) = meta.addresses() else { return Ok(()) };
+    match snapshot.routes.lookup(meta.network, source) {
+        Some(NextHop::Port { port, .. }) if port != meta.ingress => Err(DropReason::SpoofedAddress),
+        Some(NextHop::Peer(peer)) if !snapshot.is_direct(peer, meta.network) => Err(DropReason::SpoofedAddress),
         _ => Ok(()),
     }
+}
+
+/// What a pod may say in neighbor discovery: it is no router, it has its own addresses and the link-local one of its
+/// MAC, and they are at that MAC.
+fn check_discovery(meta: &Meta, head: &[u8], access: &Access) -> Result<(), DropReason> {
+    let message = usize::from(meta.l4);
+    let options = match icmp_type(meta) {
+        ROUTER_SOLICITATION => message + 8,
+        NEIGHBOR_SOLICITATION => message + 24,
+        NEIGHBOR_ADVERTISEMENT => {
+            let target = v6_at(head, message + 8)?;
+            if !access.addresses.contains(&target.into()) && target != link_local(access.mac) {
+                return Err(DropReason::SpoofedNeighbor);
+            }
+            message + 24
+        }
+        _ => return Err(DropReason::SpoofedNeighbor),
+    };
+    let end = (usize::from(meta.l3) + meta.l3_len as usize).min(head.len());
+    let mut rest = head.get(options..end).ok_or(DropReason::Truncated)?;
+    // RFC 4861 section 4.6.
+    while let [kind, units, ..] = *rest {
+        let (option, behind) = rest.split_at_checked(usize::from(units) * 8).ok_or(DropReason::Malformed)?;
+        if option.is_empty() {
+            return Err(DropReason::Malformed);
+        }
+        if (kind == SOURCE_LINK_LAYER || kind == TARGET_LINK_LAYER) && option[2..8] != access.mac.0 {
+            return Err(DropReason::SpoofedNeighbor);
+        }
+        rest = behind;
+    }
+    Ok(())
 }
 
 /// The link-local address that a MAC gives (RFC 4291 appendix A).

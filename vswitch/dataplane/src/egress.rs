@@ -16,8 +16,8 @@ use crate::multicast;
 use crate::parse::UDP;
 use crate::port::PortIo;
 use crate::segment;
-use crate::shape::{Held, Queue, Shaped};
-use crate::snapshot::{Mirror, Network, NetworkMode, Path, PortKind, Snapshot};
+use crate::shape::{Held, Queue, Shaped, may_wait};
+use crate::snapshot::{Mirror, Network, NetworkMode, Path, Port, PortKind, Snapshot};
 use crate::table::route::NextHop;
 use crate::verdict::{DropReason, Rewrite};
 use crate::vxlan::{ETHERNET, ETHERTYPE_VLAN, TAG};
@@ -58,17 +58,24 @@ impl<P: PortIo> Egress<'_, P> {
     /// Out of a port of this switch.
     #[inline]
     pub(crate) fn local(&mut self, mut packet: Packet, meta: &Meta, port: PortId, rewrite: Option<Rewrite>) {
-        match self.prepare(&mut packet, meta, port, rewrite) {
-            Ok(request) => {
-                let snapshot = self.snapshot;
-                for &mirror in snapshot.port(port).map_or(&[][..], |port| &port.mirrors_to) {
-                    self.mirror(&packet, meta, mirror, request.map_or(meta.l4, |request| request.start));
+        let Some(info) = self.snapshot.port(port) else {
+            return self.drop(packet, meta.ingress, DropReason::NoPort);
+        };
+        match self.prepare(&mut packet, meta, info, rewrite) {
+            Ok(l4) => {
+                let request = match meta.checksum {
+                    Checksum::Complete => None,
+                    Checksum::Partial { offset } => Some(TxChecksum { start: l4, offset }),
+                };
+                for &mirror in &info.mirrors_to {
+                    self.mirror(&packet, meta, mirror, l4);
                 }
-                self.shape(packet, meta.ingress, port, request);
+                let limit = info.limits.as_ref().and_then(|limits| limits.to.as_ref());
+                self.shape(packet, meta.ingress, port, limit, request);
             }
             Err(reason) => {
-                let mtu = self.snapshot.port(port).map_or(0, |port| port.mtu);
-                self.refuse(packet, meta, reason, mtu, |egress, part, meta| egress.local(part, meta, port, rewrite));
+                let again = |egress: &mut Self, part: Packet, meta: &Meta| egress.local(part, meta, port, rewrite);
+                self.refuse(packet, meta, reason, info.mtu, again);
             }
         }
     }
@@ -98,6 +105,11 @@ impl<P: PortIo> Egress<'_, P> {
     /// To every other port of the network and, if it did not come from the wire, to every peer of it.
     pub(crate) fn flood(&mut self, packet: Packet, meta: &Meta, network: &Network) {
         self.replicate(packet, meta, &network.ports, &network.flood_peers, DropReason::NoReceiver);
+    }
+
+    /// To every other port of the network.
+    pub(crate) fn flood_ports(&mut self, packet: Packet, meta: &Meta, network: &Network) {
+        self.replicate(packet, meta, &network.ports, &[], DropReason::NoReceiver);
     }
 
     /// To the members of a packet's group, and to multicast routers; a report to those and to the network's peers.
@@ -162,9 +174,7 @@ impl<P: PortIo> Egress<'_, P> {
                     // Who looks wants to see the packet as the wire would have it.
                     complete(&mut copy, &meta, offset, self.umem);
                 }
-                let fits =
-                    self.snapshot.port(port).is_some_and(|info| copy.len() <= info.mtu as usize + ETHERNET + TAG);
-                if fits {
+                if self.snapshot.port(port).is_some_and(|info| fits(&copy, info)) {
                     self.send(copy, meta.ingress, port, None);
                 } else {
                     self.drop(copy, meta.ingress, DropReason::TooBigForPort);
@@ -306,14 +316,18 @@ impl<P: PortIo> Egress<'_, P> {
 
     /// Out of a port here, when its rate allows.
     #[inline]
-    fn shape(&mut self, packet: Packet, ingress: PortId, port: PortId, request: Option<TxChecksum>) {
-        let limits = self.snapshot.port(port).and_then(|info| info.limits.as_ref());
-        let (Some(limit), Some(queue)) =
-            (limits.and_then(|limits| limits.to.as_ref()), self.scratch.to.get_mut(port.index()))
-        else {
+    fn shape(
+        &mut self,
+        packet: Packet,
+        ingress: PortId,
+        port: PortId,
+        limit: Option<&Bucket>,
+        request: Option<TxChecksum>,
+    ) {
+        let (Some(limit), Some(queue)) = (limit, self.scratch.to.get_mut(port.index())) else {
             return self.send(packet, ingress, port, request);
         };
-        match queue.offer(self.now_ns, limit, Held { packet, request, ingress }) {
+        match queue.offer(self.now_ns, limit, may_wait(self.umem), Held { packet, request, ingress }) {
             Shaped::Passed(held) => self.send(held.packet, ingress, port, held.request),
             Shaped::Waiting => self.counters.held += 1,
             Shaped::Over(held) => self.drop(held.packet, ingress, DropReason::RateTo),
@@ -352,19 +366,18 @@ impl<P: PortIo> Egress<'_, P> {
         }
     }
 
-    /// Makes a packet ready for a port here; what is to be asked of the kernel for it.
+    /// Makes a packet ready for a port here; where its layer 4 begins then.
     #[inline]
     fn prepare(
         &mut self,
         packet: &mut Packet,
         meta: &Meta,
-        port: PortId,
+        info: &Port,
         rewrite: Option<Rewrite>,
-    ) -> Result<Option<TxChecksum>, DropReason> {
-        let info = self.snapshot.port(port).ok_or(DropReason::NoPort)?;
+    ) -> Result<u16, DropReason> {
         let PortKind::Access(access) = &info.kind else { return Err(DropReason::NoPort) };
         let tag = access.tag_of(meta.network).ok_or(DropReason::NoPort)?;
-        if packet.len() > info.mtu as usize + ETHERNET {
+        if !fits(packet, info) {
             return Err(DropReason::TooBigForPort);
         }
         if meta.is_syn && meta.peer.is_some() {
@@ -373,15 +386,9 @@ impl<P: PortIo> Egress<'_, P> {
         if let Some(rewrite) = rewrite {
             apply(packet, meta, &rewrite)?;
         }
-        let mut start = meta.l4;
-        if let Some(vid) = tag {
-            push_tag(packet, vid)?;
-            start += TAG as u16;
-        }
-        Ok(match meta.checksum {
-            Checksum::Complete => None,
-            Checksum::Partial { offset } => Some(TxChecksum { start, offset }),
-        })
+        let Some(vid) = tag else { return Ok(meta.l4) };
+        push_tag(packet, vid)?;
+        Ok(meta.l4 + TAG as u16)
     }
 
     #[inline]
@@ -464,6 +471,17 @@ impl<P: PortIo> Ports<P> {
             self.busy.push(port);
         }
     }
+}
+
+fn is_tagged(head: &[u8]) -> bool {
+    matches!(head.get(12..14), Some([0x81, 0] | [0x88, 0xa8]))
+}
+
+/// A tag is not counted, as the kernel counts it for a link (`is_skb_forwardable`).
+#[inline]
+fn fits(packet: &Packet, port: &Port) -> bool {
+    let most = port.mtu as usize + ETHERNET;
+    packet.len() <= most || (packet.len() <= most + TAG && is_tagged(packet.head().data()))
 }
 
 /// Both MACs, and one hop less.

@@ -131,14 +131,30 @@ fn is_error_kind(meta: &Meta, kind: u8) -> bool {
     }
 }
 
-/// True if an error quotes a packet that its receiver may have sent: one with the receiver as source.
-pub(crate) fn quotes_receiver(meta: &Meta, head: &[u8]) -> bool {
+/// True for a fragment of an ICMP message, which may be one of an error.
+pub(crate) fn is_fragment(meta: &Meta) -> bool {
+    meta.fragment.is_some() && (meta.protocol == ICMP || meta.protocol == ICMPV6)
+}
+
+/// True if an error quotes a packet that its receiver may have sent: one with the receiver as source and, if the
+/// addresses of who reports are given, one of those as destination.
+pub(crate) fn quotes(meta: &Meta, head: &[u8], reporter: Option<&[IpAddr]>) -> bool {
     let quote = usize::from(meta.l4) + HEADER;
-    match meta.addresses() {
-        Some((_, IpAddr::V4(to))) => u32_at(head, quote + 12).is_ok_and(|source| source == to.to_bits()),
-        Some((_, IpAddr::V6(to))) => v6_at(head, quote + 8).is_ok_and(|source| source == to),
-        None => false,
+    let quoted: Option<(IpAddr, IpAddr)> = match meta.kind {
+        Kind::V4 => u32_at(head, quote + 12).and_then(|from| Ok((v4(from), v4(u32_at(head, quote + 16)?)))).ok(),
+        Kind::V6 => v6_at(head, quote + 8).and_then(|from| Ok((from.into(), v6_at(head, quote + 24)?.into()))).ok(),
+        Kind::Arp | Kind::Other => None,
+    };
+    match (quoted, meta.addresses()) {
+        (Some((from, to)), Some((_, receiver))) => {
+            from == receiver && reporter.is_none_or(|addresses| addresses.contains(&to))
+        }
+        _ => false,
     }
+}
+
+fn v4(bits: u32) -> IpAddr {
+    IpAddr::V4(bits.into())
 }
 
 /// Writes the error about a packet into `out`, which is emptied first. `head` is the packet's first frame, as it came.

@@ -8,12 +8,13 @@
 //!
 //! # Cost
 //!
-//! Nothing for other ports. A limited one holds at most [`MOST`] packets and [`LONGEST_NS`] of its rate.
+//! Nothing for other ports. A limited one holds at most [`MOST`] packets and [`LONGEST_NS`] of its rate, and all of them
+//! together no more frames than leave a worker a quarter of its umem: rings that cannot be filled lose everybody's packets.
 
 use std::collections::VecDeque;
 
 use vswitch_net::PortId;
-use vswitch_xsk::{Packet, TxChecksum};
+use vswitch_xsk::{Packet, TxChecksum, Umem};
 
 use crate::bucket::Bucket;
 
@@ -30,6 +31,11 @@ pub(crate) struct Held {
     pub(crate) request: Option<TxChecksum>,
     /// The port that sent it.
     pub(crate) ingress: PortId,
+}
+
+/// Whether there are frames for packets that wait.
+pub(crate) fn may_wait(umem: &Umem) -> bool {
+    umem.free_chunks() > umem.chunks() / 4
 }
 
 /// Packets that wait, in order.
@@ -52,14 +58,14 @@ pub(crate) enum Shaped {
 
 impl Queue {
     /// Lets a packet pass, wait, or be dropped.
-    pub(crate) fn offer(&mut self, now_ns: u64, limit: &Bucket, held: Held) -> Shaped {
+    pub(crate) fn offer(&mut self, now_ns: u64, limit: &Bucket, may_wait: bool, held: Held) -> Shaped {
         let bits = held.packet.len() as u64 * 8;
         if self.held.is_empty() && limit.take(now_ns, bits) {
             return Shaped::Passed(held);
         }
         let wait_ns = limit.time_of(self.bits + bits);
         // A packet that alone is more than the longest wait may wait alone.
-        if self.held.len() >= MOST || (wait_ns > LONGEST_NS && !self.held.is_empty()) {
+        if !may_wait || self.held.len() >= MOST || (wait_ns > LONGEST_NS && !self.held.is_empty()) {
             return Shaped::Over(held);
         }
         if self.held.capacity() == 0 {

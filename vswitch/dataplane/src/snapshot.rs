@@ -67,8 +67,8 @@ pub struct Port {
     pub kind: PortKind,
     /// How much may pass; none for as much as there is.
     pub limits: Option<Arc<Limits>>,
-    /// How much of what goes to many may come; none for as much as there is.
-    pub storm: Option<Arc<Storm>>,
+    /// How much of what goes to many may come, by network; as much as there is in others.
+    pub storms: Vec<(NetworkIndex, Arc<Storm>)>,
     /// Who gets a copy of what the port sends.
     pub mirrors_from: Vec<Mirror>,
     /// Who gets a copy of what is sent to the port.
@@ -150,6 +150,8 @@ pub struct Access {
 pub enum SenderCheck {
     /// Nothing: a router is behind it.
     None,
+    /// That the source is no pod's: the host's stack is behind it.
+    Elsewhere,
     /// The source MAC.
     Mac,
     /// The source MAC, the source address, and what ARP and neighbor discovery claim.
@@ -236,7 +238,7 @@ impl Underlay {
 impl Port {
     /// A port without limits and mirrors.
     pub fn new(mtu: u32, kind: PortKind) -> Port {
-        Port { mtu, kind, limits: None, storm: None, mirrors_from: Vec::new(), mirrors_to: Vec::new() }
+        Port { mtu, kind, limits: None, storms: Vec::new(), mirrors_from: Vec::new(), mirrors_to: Vec::new() }
     }
 }
 

@@ -19,7 +19,7 @@ use crate::multicast;
 use crate::parse::{parse, parse_own};
 use crate::port::PortIo;
 use crate::reply;
-use crate::shape::{Held, Queue, Shaped};
+use crate::shape::{Held, Queue, Shaped, may_wait};
 use crate::snapshot::{NetworkMode, Snapshot};
 use crate::table::flow::{FlowEntry, FlowTable};
 use crate::table::fragment::{DatagramKey, Fragments};
@@ -82,6 +82,8 @@ pub struct Worker<P> {
 #[derive(Debug)]
 struct Burst {
     packets: Vec<Packet>,
+    /// Packets of a port with a rate, before it lets them pass.
+    offered: Vec<Packet>,
     /// Parsed packets, in order.
     slots: Vec<Slot>,
     /// Positions in `slots`, by verdict.
@@ -120,6 +122,7 @@ impl<P: PortIo> Worker<P> {
             from: Vec::new(),
             burst: Burst {
                 packets: Vec::with_capacity(BURST),
+                offered: Vec::with_capacity(BURST),
                 slots: Vec::with_capacity(BURST),
                 local: Vec::with_capacity(BURST),
                 encap: Vec::with_capacity(BURST),
@@ -212,7 +215,8 @@ impl<P: PortIo> Worker<P> {
         Turn { received, is_sending: !self.ports.busy.is_empty(), is_holding: self.counters.held > 0 }
     }
 
-    /// Sends a packet that the switch itself made into a network: as if it came from a port, or from none.
+    /// Sends a packet that the switch itself made into a network: as if it came from a port, or from none and then only to
+    /// the ports here.
     pub fn originate(
         &mut self,
         now_ns: u64,
@@ -227,7 +231,8 @@ impl<P: PortIo> Worker<P> {
         let (Some(packet), Some(info)) = (out.umem.packet_from(bytes), snapshot.network(network)) else { return };
         count_received(out.counters, ingress, std::slice::from_ref(&packet));
         match parse_own(&packet, ingress, network, snapshot, config.seed) {
-            Ok(meta) => out.flood(packet, &meta, info),
+            Ok(meta) if from.is_some() => out.flood(packet, &meta, info),
+            Ok(meta) => out.flood_ports(packet, &meta, info),
             Err(reason) => out.drop(packet, ingress, reason),
         }
         self.flush();
@@ -313,10 +318,10 @@ impl<P: PortIo> Worker<P> {
         else {
             return;
         };
-        // Passed ones go to the end while the burst is emptied from its front: the order stays.
-        for _ in 0..self.burst.packets.len() {
-            let packet = self.burst.packets.remove(0);
-            match queue.offer(now_ns, limit, Held { packet, request: None, ingress: port }) {
+        std::mem::swap(&mut self.burst.packets, &mut self.burst.offered);
+        for packet in self.burst.offered.drain(..) {
+            let may_wait = may_wait(&self.umem);
+            match queue.offer(now_ns, limit, may_wait, Held { packet, request: None, ingress: port }) {
                 Shaped::Passed(held) => self.burst.packets.push(held.packet),
                 Shaped::Waiting => self.counters.held += 1,
                 Shaped::Over(held) => {
@@ -364,7 +369,7 @@ impl<P: PortIo> Worker<P> {
     /// The walk of one burst: parse all, look all up, decide about the misses, then one loop a verdict.
     fn process(&mut self, ingress: PortId, now_ns: u64, snapshot: &Snapshot) {
         let Worker { umem, ports, flows, counters, events, fragments, scratch, burst, config, .. } = self;
-        let Burst { packets, slots, local, encap } = burst;
+        let Burst { packets, slots, local, encap, .. } = burst;
         let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns };
         for packet in packets.iter() {
             prefetch(packet.head().first_byte());
@@ -495,7 +500,8 @@ fn miss<P: PortIo>(
 
 /// Whether a port may send another packet to many.
 fn storm<P>(meta: &Meta, out: &Egress<'_, P>) -> Result<(), DropReason> {
-    let Some(storm) = out.snapshot.port(meta.ingress).and_then(|port| port.storm.as_ref()) else { return Ok(()) };
+    let storms = out.snapshot.port(meta.ingress).map_or(&[][..], |port| &port.storms);
+    let Some((_, storm)) = storms.iter().find(|(network, _)| *network == meta.network) else { return Ok(()) };
     let (bucket, reason) = match () {
         () if meta.destination == MacAddr::BROADCAST => (&storm.broadcast, DropReason::StormBroadcast),
         () if meta.destination.is_multicast() => (&storm.multicast, DropReason::StormMulticast),

@@ -2,7 +2,7 @@
 //!
 //! # What
 //!
-//! Only a datagram's first fragment has ports. This table remembers them, by source, destination, protocol and
+//! Only a datagram's first fragment has ports. This table remembers them, by sender, source, destination, protocol and
 //! identification, and lends them to the fragments that follow, so that they meet the flow entry of the first. Nothing
 //! is held back and nothing is put together; the receiver does that.
 //!
@@ -33,7 +33,8 @@ const WORDS: usize = 65_536 / 8 / 64;
 /// What the fragments of one datagram have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DatagramKey {
-    /// Network and, for IPv4, protocol.
+    /// Who sent it, as far as the switch can tell, in which network and, for IPv4, its protocol. Nobody has a say in the
+    /// datagrams of another.
     pub origin: u64,
     /// Words 4 to 7 of the flow key.
     pub addresses: [u64; 4],
@@ -66,7 +67,11 @@ impl DatagramKey {
     pub fn of(meta: &Meta, fragment: Fragment) -> DatagramKey {
         let protocol = if meta.kind == Kind::V4 { meta.protocol } else { 0 };
         let [.., s0, s1, d0, d1] = meta.key.0;
-        let origin = u64::from(meta.network.0) << 16 | (meta.kind as u64) << 8 | u64::from(protocol);
+        let sender = match meta.peer {
+            Some(peer) => 1 << 16 | u64::from(peer.0),
+            None => u64::from(meta.ingress.0),
+        };
+        let origin = sender << 32 | u64::from(meta.network.0) << 16 | (meta.kind as u64) << 8 | u64::from(protocol);
         DatagramKey { origin, addresses: [s0, s1, d0, d1], id: fragment.id }
     }
 
