@@ -59,7 +59,7 @@ impl From<LinkError> for CniError {
     fn from(error: LinkError) -> CniError {
         let code = match &error {
             LinkError::Netns { .. } => Code::UnknownContainer,
-            LinkError::Open(_) | LinkError::Refused { .. } => Code::Refused,
+            LinkError::Open(_) | LinkError::Refused { .. } | LinkError::Taken { .. } => Code::Refused,
         };
         CniError::new(code, error.to_string())
     }

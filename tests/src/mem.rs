@@ -143,7 +143,7 @@ impl Switch {
     /// Tells how to reach a VTEP on the wire.
     pub fn resolve(&mut self, vtep: &str, mac: MacAddr) {
         let vtep: IpAddr = vtep.parse().expect("address");
-        let next_hop = NextHop { link: Some("wire".to_owned()), address: Some(vtep), mac: Some(mac) };
+        let next_hop = NextHop { link: Some("wire".to_owned()), address: Some(vtep), mac: Some(mac), mtu: None };
         self.control.set_next_hops(vtep, vec![next_hop]);
         self.publish();
     }

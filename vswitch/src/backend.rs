@@ -91,6 +91,7 @@ impl Links {
         let mut program = AttachedProgram::attach(role, ifindex, self.xdp).map_err(|error| error.to_string())?;
         let mut sockets: Vec<Vec<BoundSocket>> = self.workers.iter().map(|_| Vec::new()).collect();
         let mut copy_modes = Vec::new();
+        let mut zero_copy_refusal = None;
         for queue in 0..MAX_QUEUES {
             let owner = queue as usize % self.workers.len();
             let socket = match self.workers[owner].binder.bind(ifindex, queue, zero_copy) {
@@ -101,6 +102,7 @@ impl Links {
             };
             program.set_socket(queue, &socket).map_err(|error| error.to_string())?;
             copy_modes.push(copy_mode_name(socket.copy_mode()).to_owned());
+            zero_copy_refusal = zero_copy_refusal.or_else(|| socket.zero_copy_refusal().map(str::to_owned));
             sockets[owner].push(socket);
         }
         for (worker, sockets) in self.workers.iter().zip(sockets) {
@@ -113,6 +115,7 @@ impl Links {
             },
             xdp_fallback: program.fallback_reason().map(str::to_owned),
             copy_modes,
+            zero_copy_refusal,
         };
         self.attached.insert(port, AttachedLink { ifindex, program });
         Ok(attached)

@@ -236,10 +236,8 @@ impl Daemon {
         let mut host = self.host.lock().await;
         let Some(host) = host.as_mut() else { return };
         let plan = self.control.borrow().host_plan(&self.config.host.link);
-        if let Some(plan) = plan
-            && let Err(error) = host.carry_out(&self.kernel, plan).await
-        {
-            warn!("host port {}: {error:#}", self.config.host.link);
+        if let Some(plan) = plan {
+            host.carry_out(&self.kernel, self.now_ns(), plan).await;
         }
         self.write_subnet_env();
         let known = self.control.borrow().host().cloned();
@@ -294,7 +292,21 @@ impl Daemon {
         if let Request::PortAdd(spec) = &request {
             self.check_link(&spec.link).await?;
         }
-        let answer = self.control.borrow_mut().handle(self.now_ns(), request, &mut *self.links.borrow_mut());
+        // A mapped port that is not mapped is a pod that nobody reaches, and nobody is told.
+        let mapped = match &request {
+            Request::PortAdd(spec) if !spec.port_mappings.is_empty() => Some(spec.link.clone()),
+            _ => None,
+        };
+        let mut answer = self.control.borrow_mut().handle(self.now_ns(), request, &mut *self.links.borrow_mut());
+        if let (Some(link), Ok(_)) = (mapped, &answer) {
+            self.carry_out().await;
+            let failure = self.host.lock().await.as_ref().and_then(HostLink::rules_failure);
+            if let Some(failure) = failure {
+                let removal = Request::PortDel { link };
+                let _ = self.control.borrow_mut().handle(self.now_ns(), removal, &mut *self.links.borrow_mut());
+                answer = Err(ApiError::new(ErrorCode::System, format!("port_mappings: {failure}")));
+            }
+        }
         match &answer {
             Ok(_) if !is_change => debug!("{asked}"),
             Ok(_) => info!("{asked}"),
@@ -352,10 +364,15 @@ impl Daemon {
         let known = self.pod_routes.replace(wanted.clone());
         let changed =
             wanted.values().filter(|pod| known.get(&pod.port).is_some_and(|known| known.routes != pod.routes));
-        for PodRoutes { netns, mac, routes, .. } in changed {
+        for PodRoutes { port, netns, mac, routes } in changed {
             match update_routes(Path::new(netns), *mac, routes).await {
                 Ok(()) => debug!("routes of {netns} follow the uplink's MTU"),
-                Err(error) => warn!("routes of {netns} keep their old MTU: {error}"),
+                Err(error) => {
+                    warn!("routes of {netns} keep their old MTU, which is tried again: {error}");
+                    if let Some(before) = known.get(port) {
+                        self.pod_routes.borrow_mut().insert(*port, before.clone());
+                    }
+                }
             }
         }
     }

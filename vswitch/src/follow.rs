@@ -8,9 +8,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 use vswitch_control::Control;
-use vswitch_link::{ExternNeighbor, Forwarding, HOST_PROTOCOL, Kernel, KernelRoute, LinkError, LinkState, News};
+use vswitch_link::{
+    Coming, ExternNeighbor, Forwarding, HOST_PROTOCOL, Kernel, KernelRoute, LinkError, LinkState, News,
+};
 use vswitch_net::{MacAddr, NetworkIndex};
 
 use crate::config::Routes;
@@ -21,19 +23,25 @@ const TELL_EVERY_NS: u64 = 60_000_000_000;
 /// What is followed, as far as it is known.
 #[derive(Debug, Default)]
 pub(crate) struct Followed {
-    /// For each prefix, the candidates: by priority and protocol.
-    routes: HashMap<IpNet, BTreeMap<(u32, u8), IpAddr>>,
+    routes: HashMap<IpNet, Candidates>,
     devices: BTreeMap<NetworkIndex, Device>,
     /// Links that are uplinks, by index.
     uplinks: Vec<u32>,
+    /// Devices that are followed no more, whose bridges are to be told so.
+    left: Vec<(NetworkIndex, Device)>,
     /// True until what is known is what the kernel has, changes that wait aside.
     is_stale: bool,
 }
+
+/// The routes to a prefix, by priority and protocol, each with its gateways.
+type Candidates = BTreeMap<(u32, u8), Vec<IpAddr>>;
 
 /// A followed VXLAN device.
 #[derive(Debug, Default)]
 struct Device {
     ifindex: u32,
+    /// True once it was said that there is no such link.
+    is_missed: bool,
     stations: HashMap<MacAddr, IpAddr>,
     flood: HashSet<IpAddr>,
     /// The bridge that it is part of.
@@ -60,10 +68,11 @@ impl Followed {
             return Ok(());
         }
         if config.is_importing() {
-            let mut routes: HashMap<IpNet, BTreeMap<(u32, u8), IpAddr>> = HashMap::new();
+            let mut routes: HashMap<IpNet, Candidates> = HashMap::new();
             for route in kernel.kernel_routes().await? {
-                if let Some(gateway) = self.gateway_of(&route, config) {
-                    routes.entry(route.prefix).or_default().insert((route.priority, route.protocol), gateway);
+                let gateways = self.gateways_of(&route, config);
+                if !gateways.is_empty() {
+                    routes.entry(route.prefix).or_default().insert((route.priority, route.protocol), gateways);
                 }
             }
             let mut control = control.borrow_mut();
@@ -71,7 +80,7 @@ impl Followed {
                 control.import_route(*prefix, None);
             }
             for (prefix, candidates) in &routes {
-                control.import_route(*prefix, candidates.values().next().copied());
+                control.import_route(*prefix, best(candidates));
             }
             self.routes = routes;
             control.forget_unused_peers();
@@ -95,23 +104,32 @@ impl Followed {
     /// Takes a change in.
     pub(crate) fn hear(&mut self, news: News, config: &Routes, control: &mut Control) {
         match news {
-            News::Route(route, is_there) if config.is_importing() => {
+            News::Route(route, coming) if config.is_importing() && route.table == config.table => {
                 let key = (route.priority, route.protocol);
-                let candidates = match self.gateway_of(&route, config).filter(|_| is_there) {
-                    Some(gateway) => {
-                        let candidates = self.routes.entry(route.prefix).or_default();
-                        candidates.insert(key, gateway);
-                        candidates
-                    }
-                    None => {
-                        let Some(candidates) = self.routes.get_mut(&route.prefix) else { return };
-                        if route.table != config.table || candidates.remove(&key).is_none() {
-                            return;
+                let gateways = self.gateways_of(&route, config);
+                if gateways.is_empty() && !self.routes.contains_key(&route.prefix) {
+                    return;
+                }
+                let candidates = self.routes.entry(route.prefix).or_default();
+                match coming {
+                    Coming::Gone if route.prefix.addr().is_ipv6() => {
+                        if let Some(known) = candidates.get_mut(&key) {
+                            known.retain(|gateway| !gateways.contains(gateway));
                         }
-                        candidates
                     }
-                };
-                let best = candidates.values().next().copied();
+                    Coming::Gone => {
+                        candidates.remove(&key);
+                    }
+                    Coming::Replaced => {
+                        candidates.retain(|(priority, _), _| *priority != route.priority);
+                        candidates.insert(key, gateways);
+                    }
+                    Coming::Added => {
+                        candidates.insert(key, gateways);
+                    }
+                }
+                candidates.retain(|_, gateways| !gateways.is_empty());
+                let best = best(candidates);
                 if best.is_none() {
                     self.routes.remove(&route.prefix);
                 }
@@ -144,12 +162,20 @@ impl Followed {
         let wanted = control.followers();
         self.is_stale |= self.uplinks != uplinks;
         self.uplinks = uplinks.to_vec();
-        self.devices.retain(|network, _| wanted.iter().any(|(other, _)| other == network));
+        let devices = std::mem::take(&mut self.devices);
+        let (kept, left) =
+            devices.into_iter().partition(|(network, _)| wanted.iter().any(|(other, _)| other == network));
+        self.devices = kept;
+        self.left.extend::<BTreeMap<NetworkIndex, Device>>(left);
         for (network, name) in wanted {
             let link = all.iter().find(|link| link.name == name);
             let ifindex = link.map_or(0, |link| link.ifindex);
             let bridge = link.and_then(|link| link.master).unwrap_or(0);
             let device = self.devices.entry(network).or_default();
+            if link.is_none() && !device.is_missed {
+                warn!("network #{} follows {name}, and there is no such link yet", network.0);
+            }
+            device.is_missed = link.is_none();
             if (device.ifindex, device.bridge) != (ifindex, bridge) {
                 info!("network #{} follows {name} ({ifindex})", network.0);
                 device.ifindex = ifindex;
@@ -167,6 +193,9 @@ impl Followed {
         now_ns: u64,
         control: &std::cell::RefCell<Control>,
     ) -> Result<(), LinkError> {
+        for (network, device) in std::mem::take(&mut self.left) {
+            device.leave(network, kernel).await;
+        }
         for (&network, device) in &mut self.devices {
             let Some(link) = all.iter().find(|link| link.ifindex == device.ifindex) else { continue };
             let Some(bridge) = link.master else { continue };
@@ -177,7 +206,8 @@ impl Followed {
             };
             if device.face != Some(face) {
                 device.told.clear();
-                device.told_addresses.clear();
+                // What an earlier daemon told of stations that are gone is taken back below.
+                device.told_addresses = kernel.own_neighbors(bridge).await?.into_iter().collect();
                 device.face = Some(face);
             }
             let local = control.borrow().local_stations(network);
@@ -216,10 +246,7 @@ impl Followed {
     /// Takes our ports of bridges away.
     pub(crate) async fn remove(&self, kernel: &Kernel) {
         for (network, device) in &self.devices {
-            for address in device.told_addresses.keys() {
-                kernel.remove_neighbor(device.bridge, *address).await;
-            }
-            let _ = kernel.delete_link(&format!("vsw-evpn{}", network.0)).await;
+            device.leave(*network, kernel).await;
         }
     }
 
@@ -228,17 +255,33 @@ impl Followed {
         config.is_importing() || !control.followers().is_empty()
     }
 
-    /// The gateway of a route that is to be followed: of the table, by a routing daemon, out of an uplink.
-    fn gateway_of(&self, route: &KernelRoute, config: &Routes) -> Option<IpAddr> {
+    /// The gateways of a route that is to be followed: of the table, by a routing daemon, out of an uplink.
+    fn gateways_of(&self, route: &KernelRoute, config: &Routes) -> Vec<IpAddr> {
         let is_wanted = route.table == config.table
             && route.protocol != HOST_PROTOCOL
             && config.protocols.contains(&route.protocol);
         let by_uplink = |hop: &&vswitch_link::Route| self.uplinks.contains(&hop.ifindex);
-        is_wanted.then(|| route.next_hops.iter().find(by_uplink)?.gateway).flatten()
+        let gateways = route.next_hops.iter().filter(by_uplink).filter_map(|hop| hop.gateway);
+        gateways.filter(|_| is_wanted).collect()
     }
 }
 
+/// The gateway of the route that the kernel would use: of the lowest priority, its first.
+fn best(candidates: &Candidates) -> Option<IpAddr> {
+    candidates.values().next()?.first().copied()
+}
+
 impl Device {
+    /// Takes back what its bridge was told.
+    async fn leave(&self, network: NetworkIndex, kernel: &Kernel) {
+        for address in self.told_addresses.keys() {
+            kernel.remove_neighbor(self.bridge, *address).await;
+        }
+        if self.face.is_some() {
+            let _ = kernel.delete_link(&format!("vsw-evpn{}", network.0)).await;
+        }
+    }
+
     fn hear(&mut self, network: NetworkIndex, mac: MacAddr, vtep: IpAddr, is_there: bool, control: &mut Control) {
         if mac.is_zero() {
             let is_new = if is_there { self.flood.insert(vtep) } else { self.flood.remove(&vtep) };

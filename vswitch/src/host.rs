@@ -21,6 +21,7 @@ use vswitch_net::{MacAddr, POD_LINK_MTU};
 use crate::config::Host;
 
 const FORWARDING_V4: &str = "/proc/sys/net/ipv4/ip_forward";
+const ALL_V4: &str = "/proc/sys/net/ipv4/conf/all";
 const FORWARDING_V6: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
 
 /// The veth and what was done with it.
@@ -34,6 +35,13 @@ pub(crate) struct HostLink {
     pub(crate) mac: MacAddr,
     done: HostPlan,
     routes: BTreeSet<(u32, HostRoute)>,
+    /// The rules of our table that the kernel has.
+    rules: Option<String>,
+    /// What of the plan could not be done; none if all was.
+    failure: Option<String>,
+    is_down: bool,
+    /// When it was last looked whether all is there still.
+    looked_ns: u64,
 }
 
 impl HostLink {
@@ -53,11 +61,15 @@ impl HostLink {
         let link = kernel.link(&config.link).await?.ok_or_else(|| anyhow!("link {} is gone again", config.link))?;
         let host = HostLink {
             config: config.clone(),
-            note: runtime_dir.join("ip_forward"),
+            note: runtime_dir.join("forwarding"),
             ifindex: link.ifindex,
             mac,
             done: HostPlan::default(),
             routes: BTreeSet::new(),
+            rules: None,
+            failure: None,
+            is_down: false,
+            looked_ns: 0,
         };
         if config.forwarding {
             host.switch_forwarding_on();
@@ -72,6 +84,12 @@ impl HostLink {
 
     /// What keeps packets from passing beyond the host, if anything.
     pub(crate) fn problem(&self) -> Option<String> {
+        if self.is_down {
+            return Some(format!("down: `ip link set {} up`", self.config.link));
+        }
+        if let Some(failure) = &self.failure {
+            return Some(format!("up, but {failure}"));
+        }
         let is_off = |path: &str| fs::read_to_string(path).is_ok_and(|value| value.trim() == "0");
         let has_v6 = self.done.addresses.iter().any(IpAddr::is_ipv6);
         if is_off(FORWARDING_V4) {
@@ -86,15 +104,66 @@ impl HostLink {
         None
     }
 
-    /// Carries out what is new in a plan.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's; what was not done is tried again with the next plan.
-    pub(crate) async fn carry_out(&mut self, kernel: &Kernel, plan: HostPlan) -> anyhow::Result<()> {
-        if plan == self.done {
-            return Ok(());
+    /// Why the rules of the last plan are not the kernel's, if they are not.
+    pub(crate) fn rules_failure(&self) -> Option<String> {
+        let failure = self.failure.clone()?;
+        (self.rules != self.done.rules).then_some(failure)
+    }
+
+    /// Carries out what is new in a plan. What could not be done is told by [`problem`](Self::problem), and tried again with
+    /// the next call.
+    pub(crate) async fn carry_out(&mut self, kernel: &Kernel, now_ns: u64, plan: HostPlan) {
+        if now_ns.saturating_sub(self.looked_ns) >= LOOK_EVERY_NS {
+            self.looked_ns = now_ns;
+            self.look(kernel).await;
         }
+        if self.is_down || (plan == self.done && self.failure.is_none()) {
+            return;
+        }
+        let before = self.failure.take();
+        // One of them must not keep the others from being done.
+        let steps = [
+            self.set_addresses(kernel, &plan).await,
+            self.set_routes(kernel, &plan).await,
+            self.set_rules(kernel, &plan),
+        ];
+        let failures: Vec<String> =
+            steps.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
+        self.failure = (!failures.is_empty()).then(|| failures.join("; "));
+        if let Some(failure) = self.failure.as_ref().filter(|failure| before.as_ref() != Some(failure)) {
+            warn!("host port {}: {failure}; it is tried again", self.config.link);
+        }
+        self.done = plan;
+    }
+
+    /// Finds out what somebody else took away: a firewall that is loaded anew flushes all tables, and a link that was down
+    /// has no routes.
+    async fn look(&mut self, kernel: &Kernel) {
+        let is_up = matches!(kernel.link(&self.config.link).await, Ok(Some(link)) if link.is_up);
+        if self.is_down == is_up {
+            self.is_down = !is_up;
+            self.routes.clear();
+            self.done = HostPlan::default();
+            if self.is_down {
+                warn!("link {} is down: the host and its pods do not reach each other", self.config.link);
+            }
+        }
+        if self.is_down {
+            return;
+        }
+        if self.rules.is_some() && !has_rules() {
+            warn!("the table inet vswitch was removed by somebody: it is made again");
+            self.rules = None;
+            self.done = HostPlan::default();
+        }
+        for &(table, route) in &self.routes {
+            if let Ok(true) = kernel.add_host_route(self.ifindex, table, route).await {
+                warn!("the host's route to {} was removed by somebody: it is made again", route.prefix);
+            }
+        }
+    }
+
+    async fn set_addresses(&self, kernel: &Kernel, plan: &HostPlan) -> anyhow::Result<()> {
         for &address in plan.addresses.iter().filter(|address| !self.done.addresses.contains(address)) {
             match kernel.add_address(self.ifindex, IpNet::from(address)).await {
                 Ok(()) => {}
@@ -102,33 +171,56 @@ impl HostLink {
                 Err(error) => return Err(error.into()),
             }
         }
-        let own = plan.ranges.iter().map(|&prefix| (self.config.table, HostRoute { prefix, mtu: None }));
+        Ok(())
+    }
+
+    /// The host reaches pods by its main table; another one is for routing daemons to read.
+    async fn set_routes(&mut self, kernel: &Kernel, plan: &HostPlan) -> anyhow::Result<()> {
+        let tables = BTreeSet::from([MAIN_TABLE, self.config.table]);
+        let own = |table| plan.ranges.iter().map(move |&prefix| (table, HostRoute { prefix, mtu: None }));
+        let own = tables.into_iter().flat_map(own);
         let remote = plan.remote.iter().map(|&(prefix, mtu)| (MAIN_TABLE, HostRoute { prefix, mtu: Some(mtu) }));
         let wanted: BTreeSet<(u32, HostRoute)> = own.chain(remote).collect();
-        let kept: BTreeSet<(u32, IpNet)> = wanted.iter().map(|(table, route)| (*table, route.prefix)).collect();
-        for &(table, route) in self.routes.difference(&wanted) {
-            if !kept.contains(&(table, route.prefix)) {
-                kernel.remove_host_route(self.ifindex, table, route).await?;
+        let old: Vec<_> = self.routes.difference(&wanted).copied().collect();
+        for (table, route) in old {
+            kernel.remove_host_route(self.ifindex, table, route).await?;
+            self.routes.remove(&(table, route));
+        }
+        let new: Vec<_> = wanted.difference(&self.routes).copied().collect();
+        let mut taken = Vec::new();
+        for (table, route) in new {
+            if kernel.add_host_route(self.ifindex, table, route).await? {
+                self.routes.insert((table, route));
+            } else {
+                taken.push(route.prefix.to_string());
             }
         }
-        for &(table, route) in wanted.difference(&self.routes) {
-            kernel.set_host_route(self.ifindex, table, route).await?;
+        if !taken.is_empty() {
+            bail!(
+                "the host has other routes to {} (`ip route show`), which are left alone: the host reaches those pods by \
+                 them until they are removed",
+                taken.join(", ")
+            );
         }
-        self.routes = wanted;
-        if plan.rules != self.done.rules {
-            if plan.rules.as_ref().is_some_and(|rules| rules.contains(" dnat ")) {
-                kernel.let_loopback_out(&self.config.link)?;
-            }
-            set_rules(plan.rules.as_deref())?;
+        Ok(())
+    }
+
+    fn set_rules(&mut self, kernel: &Kernel, plan: &HostPlan) -> anyhow::Result<()> {
+        if plan.rules == self.rules {
+            return Ok(());
         }
-        self.done = plan;
+        if plan.rules.as_ref().is_some_and(|rules| rules.contains(" dnat ")) {
+            kernel.let_loopback_out(&self.config.link)?;
+        }
+        replace_rules(plan.rules.as_deref())?;
+        self.rules = plan.rules.clone();
         Ok(())
     }
 
     /// Takes everything back.
     pub(crate) async fn remove(self, kernel: &Kernel) {
-        if self.done.rules.is_some()
-            && let Err(error) = set_rules(None)
+        if self.rules.is_some()
+            && let Err(error) = replace_rules(None)
         {
             warn!("the table inet vswitch stays: {error:#}");
         }
@@ -137,7 +229,7 @@ impl HostLink {
         }
         // Routes in other tables go with the link.
         if let Ok(before) = fs::read_to_string(&self.note) {
-            let _ = fs::write(FORWARDING_V4, before);
+            restore_settings(&before);
             let _ = fs::remove_file(&self.note);
         }
     }
@@ -149,7 +241,7 @@ impl HostLink {
             return;
         }
         // The note first: a crash between the two must not make the change permanent.
-        let done = fs::write(&self.note, &before).and_then(|()| fs::write(FORWARDING_V4, "1"));
+        let done = fs::write(&self.note, note_settings()).and_then(|()| fs::write(FORWARDING_V4, "1"));
         match done {
             Ok(()) => info!("net.ipv4.ip_forward is on as long as the daemon runs"),
             Err(error) => warn!("net.ipv4.ip_forward could not be set: {error}"),
@@ -159,11 +251,42 @@ impl HostLink {
 
 const EEXIST: i32 = 17;
 
+/// Others may take away what was done to the host; so often it is looked.
+const LOOK_EVERY_NS: u64 = 5_000_000_000;
+
 /// The table that `ip route` shows.
 const MAIN_TABLE: u32 = 254;
 
+/// Forwarding, and all that the kernel changes with it (kernel document `networking/ip-sysctl.rst`): each link's own, and
+/// whether redirects are accepted. One setting and its value a line.
+fn note_settings() -> String {
+    let mut paths = vec![PathBuf::from(FORWARDING_V4), PathBuf::from(ALL_V4).join("accept_redirects")];
+    let links = fs::read_dir(Path::new(ALL_V4).with_file_name("")).into_iter().flatten().flatten();
+    paths.extend(links.map(|link| link.path().join("forwarding")).filter(|path| !path.starts_with(ALL_V4)));
+    let line = |path: PathBuf| Some(format!("{} {}\n", path.display(), fs::read_to_string(&path).ok()?.trim()));
+    paths.into_iter().filter_map(line).collect()
+}
+
+/// Forwarding first, which changes the others. Links may be gone.
+fn restore_settings(note: &str) {
+    for (path, value) in note.lines().filter_map(|line| line.split_once(' ')) {
+        let _ = fs::write(path, value);
+    }
+}
+
+/// True if our table is there, or cannot be looked for.
+fn has_rules() -> bool {
+    let mut list = Command::new("nft");
+    list.args(["list", "table", "inet", "vswitch"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
 /// Replaces our table of nftables, in one transaction; none removes it.
-fn set_rules(rules: Option<&str>) -> anyhow::Result<()> {
+fn replace_rules(rules: Option<&str>) -> anyhow::Result<()> {
     let text = format!("add table inet vswitch\ndelete table inet vswitch\n{}", rules.unwrap_or_default());
     let mut child = Command::new("nft")
         .args(["-f", "-"])

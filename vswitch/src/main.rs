@@ -22,7 +22,7 @@ use crate::config::Config;
 
 /// A userspace virtual switch on AF_XDP: the daemon of a node.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "vswitchd", version)]
 struct Arguments {
     /// The configuration file; `config/vswitch.toml` documents every key.
     #[arg(long, short, default_value = "/etc/vswitch/vswitch.toml")]

@@ -103,6 +103,7 @@ async fn next_hops(
             link: all.iter().find(|link| link.ifindex == route.ifindex).map(|link| link.name.clone()),
             address: Some(address),
             mac: None,
+            mtu: route.mtu,
         };
         if let Some(uplink) = uplinks.iter().find(|uplink| uplink.ifindex == route.ifindex) {
             let neighbor = neighbors.get(&(route.ifindex, address));
@@ -158,7 +159,7 @@ fn update(change: &Change<'_>, config: &Uplink, control: &mut Control, links: &m
                 && let Some(program) = links.program(*port)
             {
                 program.set_vtep(*vtep).map_err(|error| error.to_string())?;
-                notes.push(format!("vtep changed to {} {}", show(vtep.v4), show(vtep.v6)));
+                notes.push(format!("vtep changed to {}", show_vtep(*vtep)));
             }
             if known.mtu != link.mtu {
                 notes.push(format!("mtu changed from {} to {}", known.mtu, link.mtu));
@@ -188,9 +189,13 @@ fn update(change: &Change<'_>, config: &Uplink, control: &mut Control, links: &m
     notes.iter().for_each(|note| info!("uplink {}: {note}", link.name));
     let renamed = (link.name != *name).then(|| format!("renamed from {name}: set uplink.link = \"{}\"", link.name));
     let foreign = foreign.map(|vtep| format!("vtep {vtep} is no address of this node"));
+    if let Some(foreign) = foreign.as_ref().filter(|_| known.is_none()) {
+        warn!("uplink {}: {foreign}: packets to it will not arrive; set uplink.vtep", link.name);
+    }
     let stacked =
         is_stacked(link).then(|| format!("a {} link: always copy mode", link.kind.as_deref().unwrap_or_default()));
-    let standing: Vec<String> = renamed.into_iter().chain(foreign).chain(stacked).collect();
+    let refused = attached.zero_copy_refusal.as_ref().map(|error| format!("zero copy refused: {error}"));
+    let standing: Vec<String> = renamed.into_iter().chain(foreign).chain(stacked).chain(refused).collect();
     let before = known.as_ref().and_then(|known| known.note.clone()).filter(|note| !is_standing(note));
     let last = notes.pop().or(before);
     let note: Vec<String> = standing.into_iter().chain(last).collect();
@@ -217,7 +222,10 @@ fn is_stacked(link: &LinkState) -> bool {
 
 /// True for what is said as long as it holds, and not once.
 fn is_standing(note: &str) -> bool {
-    note.starts_with("renamed") || note.contains(": always copy mode") || note.contains("is no address of this node")
+    note.starts_with("renamed")
+        || note.contains(": always copy mode")
+        || note.contains("is no address of this node")
+        || note.contains("zero copy refused")
 }
 
 fn lose(port: PortId, name: &str, control: &mut Control, links: &mut Links) {
@@ -242,8 +250,10 @@ fn unplug_lost(all: &[LinkState], judged: &[PortId], control: &mut Control, link
     }
 }
 
-fn show<T: std::fmt::Display>(address: Option<T>) -> String {
-    address.map_or_else(|| "-".to_owned(), |address| address.to_string())
+fn show_vtep(vtep: Vtep) -> String {
+    let addresses = vtep.v4.map(IpAddr::from).into_iter().chain(vtep.v6.map(IpAddr::from));
+    let list: Vec<String> = addresses.map(|address| address.to_string()).collect();
+    if list.is_empty() { "none".to_owned() } else { list.join(" ") }
 }
 
 #[cfg(test)]

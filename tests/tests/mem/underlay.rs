@@ -60,7 +60,7 @@ fn switch(encap: &str, vlan: Option<u16>) -> (Switch, PortId) {
 }
 
 fn hop(link: &str, address: &str, number: u8) -> NextHop {
-    NextHop { link: Some(link.to_owned()), address: address.parse().ok(), mac: Some(mac(number)) }
+    NextHop { link: Some(link.to_owned()), address: address.parse().ok(), mac: Some(mac(number)), mtu: None }
 }
 
 fn resolve(switch: &mut Switch, hops: Vec<NextHop>) {

@@ -99,8 +99,28 @@ fn host_and_pods_reach_each_other_and_pods_the_world() {
     internet.ip("route add 10.244.1.0/24 via 192.0.2.1").unwrap();
     assert_eq!(seen_as(&internet, &format!("http://{v4}/")), "192.0.2.9");
     let status = daemon.run_ctl(&["status"]).unwrap();
-    assert!(status.contains("host vswitch0: up, network pods, addresses 10.244.1.1,fd00:10:244:1::1"), "{status}");
+    let line = "host vswitch0: network pods, addresses 10.244.1.1,fd00:10:244:1::1, masquerades; up";
+    assert!(status.contains(line), "{status}");
     assert_balanced(&daemon);
+}
+
+#[test]
+fn what_others_take_away_comes_back() {
+    let Some(mut bench) = bench("heal") else { return };
+    let World { node, daemon, addresses, .. } = world(&mut bench, CONFIG);
+    let has = |command: &[&str], text: &str| node.run(5, command).unwrap().contains(text);
+    // A firewall that is loaded anew, and an operator who cleans up.
+    node.run(5, &["nft", "flush", "ruleset"]).unwrap();
+    node.ip("route del 10.244.1.0/24 dev vswitch0").unwrap();
+    lab::wait_for(15, || has(&["nft", "list", "ruleset"], "masquerade")).unwrap();
+    lab::wait_for(15, || node.pings(&addresses[0], 1, 1)).unwrap();
+    // A link that is down has no routes, and says so.
+    node.ip("link set vswitch0 down").unwrap();
+    let says = |text: &str| daemon.run_ctl(&["status"]).unwrap().contains(text);
+    lab::wait_for(15, || says("down: `ip link set vswitch0 up`")).unwrap();
+    node.ip("link set vswitch0 up").unwrap();
+    lab::wait_for(15, || node.pings(&addresses[0], 1, 1) && node.pings(&addresses[1], 1, 1)).unwrap();
+    lab::wait_for(15, || says("masquerades; up")).unwrap();
 }
 
 #[test]
@@ -227,6 +247,11 @@ fn nothing_of_the_host_is_changed_after_stop() {
     // Somebody else's rules, which are none of ours.
     node.run(5, &["nft", "add table inet mine; add chain inet mine c { type filter hook forward priority 0; }"])
         .unwrap();
+    // A node that another network serves still: its routes to pods of here and of elsewhere, and a hardened kernel.
+    for prefix in ["10.244.1.0/24", "10.244.2.0/24"] {
+        node.ip(&format!("route add {prefix} via 192.0.2.9")).unwrap();
+    }
+    node.run(5, &["sysctl", "-w", "net.ipv4.conf.all.accept_redirects=0", "net.ipv4.conf.wire.forwarding=1"]).unwrap();
     lab::wait_for(5, || !node.run(5, &["ip", "addr"]).unwrap().contains("tentative")).unwrap();
     let before = inventory(&node);
     assert!(before.contains("ip_forward 0") && before.contains("table inet mine"), "the list is of this namespace");
@@ -234,6 +259,8 @@ fn nothing_of_the_host_is_changed_after_stop() {
     let (pod, _) = add_pod(lab, &daemon, "pod");
     let during = inventory(&node);
     assert!(during.contains("ip_forward 1"), "there is something to take back");
+    let status = daemon.run_ctl(&["status"]).unwrap();
+    assert!(status.contains("the host has other routes to 10.244.1.0/24"), "{status}");
     assert!(node.run(5, &["nft", "list", "ruleset"]).unwrap().contains("masquerade"));
     daemon.kill();
     daemon.start().unwrap();

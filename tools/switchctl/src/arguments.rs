@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use ipnet::IpNet;
@@ -124,7 +125,7 @@ pub(crate) struct PortAdd {
     #[arg(long)]
     pub(crate) no_default_route: bool,
     /// What is checked of its packets, instead of what the network says.
-    #[arg(long, value_parser = parse_check)]
+    #[arg(long, value_parser = checks())]
     pub(crate) check: Option<SenderCheck>,
     /// A VLAN of a trunk port; may be repeated. `--network` is the native one.
     #[arg(long = "trunk", value_name = "VLAN")]
@@ -144,11 +145,11 @@ pub(crate) struct PortAdd {
     /// Most stations learned here.
     #[arg(long)]
     pub(crate) mac_limit: Option<usize>,
-    /// Bits a second to the pod.
-    #[arg(long, value_name = "BITS", default_value_t = 0)]
+    /// Bits a second to the pod, as 20M; a rate makes the MTU of its link 1500.
+    #[arg(long, value_name = "BITS", value_parser = parse_rate, default_value = "0")]
     pub(crate) ingress_rate: u64,
-    /// Bits a second from the pod.
-    #[arg(long, value_name = "BITS", default_value_t = 0)]
+    /// Bits a second from the pod, as 20M.
+    #[arg(long, value_name = "BITS", value_parser = parse_rate, default_value = "0")]
     pub(crate) egress_rate: u64,
     /// A port of the host that leads to one of the pod, as 8080:80 or 53:53/udp; may be repeated.
     #[arg(long = "publish", value_name = "HOST:POD", value_parser = parse_mapping)]
@@ -275,7 +276,7 @@ pub(crate) struct PeerAdd {
     #[arg(long = "network")]
     networks: Vec<String>,
     /// How packets of the host's network travel to it.
-    #[arg(long, value_parser = parse_encap, default_value = "vxlan")]
+    #[arg(long, value_parser = encaps(), default_value = "vxlan")]
     encap: Encap,
 }
 
@@ -339,7 +340,7 @@ pub(crate) struct MirrorAdd {
     #[arg(long = "port", value_name = "LINK", required = true)]
     ports: Vec<String>,
     /// Which way: both, from (the port) or to (the port).
-    #[arg(long, value_parser = parse_direction, default_value = "both")]
+    #[arg(long, value_parser = directions(), default_value = "both")]
     direction: MirrorDirection,
     /// The link of the port that gets the copies.
     #[arg(long, value_name = "LINK", required_unless_present = "to_peer", conflicts_with = "to_peer")]
@@ -493,31 +494,40 @@ fn parse_vni(text: &str) -> Result<Vni, String> {
     Vni::try_from(number).map_err(|error| error.to_string())
 }
 
-fn parse_encap(text: &str) -> Result<Encap, String> {
-    match text {
-        "vxlan" => Ok(Encap::Vxlan),
-        "cross-subnet" => Ok(Encap::CrossSubnet),
-        "direct" => Ok(Encap::Direct),
-        _ => Err(format!("\"{text}\" is unknown: allowed are vxlan, cross-subnet and direct")),
-    }
+fn encaps() -> impl TypedValueParser<Value = Encap> {
+    PossibleValuesParser::new(["vxlan", "cross_subnet", "direct"]).map(|text| match text.as_str() {
+        "direct" => Encap::Direct,
+        "cross_subnet" => Encap::CrossSubnet,
+        _ => Encap::Vxlan,
+    })
 }
 
-fn parse_direction(text: &str) -> Result<MirrorDirection, String> {
-    match text {
-        "both" => Ok(MirrorDirection::Both),
-        "from" => Ok(MirrorDirection::From),
-        "to" => Ok(MirrorDirection::To),
-        _ => Err(format!("\"{text}\" is unknown: allowed are both, from and to")),
-    }
+fn directions() -> impl TypedValueParser<Value = MirrorDirection> {
+    PossibleValuesParser::new(["both", "from", "to"]).map(|text| match text.as_str() {
+        "from" => MirrorDirection::From,
+        "to" => MirrorDirection::To,
+        _ => MirrorDirection::Both,
+    })
 }
 
-fn parse_check(text: &str) -> Result<SenderCheck, String> {
-    match text {
-        "none" => Ok(SenderCheck::None),
-        "mac" => Ok(SenderCheck::Mac),
-        "full" => Ok(SenderCheck::Full),
-        _ => Err(format!("\"{text}\" is unknown: allowed are none, mac and full")),
-    }
+fn checks() -> impl TypedValueParser<Value = SenderCheck> {
+    PossibleValuesParser::new(["none", "mac", "full"]).map(|text| match text.as_str() {
+        "none" => SenderCheck::None,
+        "mac" => SenderCheck::Mac,
+        _ => SenderCheck::Full,
+    })
+}
+
+/// Bits a second, with k, M or G for a thousand, a million, a thousand million.
+fn parse_rate(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.as_bytes().last() {
+        Some(b'k' | b'K') => (&text[..text.len() - 1], 1_000),
+        Some(b'M') => (&text[..text.len() - 1], 1_000_000),
+        Some(b'G') => (&text[..text.len() - 1], 1_000_000_000),
+        _ => (text, 1),
+    };
+    let rate = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(unit));
+    rate.ok_or_else(|| format!("\"{text}\" is no rate: write bits a second, as 20000000 or 20M"))
 }
 
 fn parse_mapping(text: &str) -> Result<PortMapping, String> {

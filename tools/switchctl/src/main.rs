@@ -37,8 +37,9 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if let Command::Completions { shell } = &arguments.command {
-        clap_complete::generate(*shell, &mut Arguments::command(), "switchctl", &mut io::stdout());
-        return Ok(());
+        let mut script = Vec::new();
+        clap_complete::generate(*shell, &mut Arguments::command(), "switchctl", &mut script);
+        return Ok(io::stdout().write_all(&script)?);
     }
     let mut client = Client::connect(&arguments.socket, TIMEOUT)?;
     let answer = ask(&mut client, &arguments.command)?;

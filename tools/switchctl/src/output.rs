@@ -43,7 +43,11 @@ pub(crate) fn only(mut answer: Answer, name: &str) -> anyhow::Result<Answer> {
         Answer::Drops { drops } => keep(drops, "drop for the reason", |drop| drop.reason == name),
         _ => (false, ""),
     };
-    if is_empty { Err(Missing(format!("no {what} {name}: `list` shows what there is")).into()) } else { Ok(answer) }
+    if is_empty {
+        Err(Missing(format!("no {what} {name}: the same command with `list` shows them")).into())
+    } else {
+        Ok(answer)
+    }
 }
 
 fn keep<T>(items: &mut Vec<T>, what: &'static str, matches: impl FnMut(&T) -> bool) -> (bool, &'static str) {
@@ -73,7 +77,7 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
                     &port.network,
                     &join(&port.addresses),
                     &port.mac,
-                    &port.xdp_mode,
+                    &if port.waiting.is_some() { "waiting" } else { &port.xdp_mode },
                     &port.copy_modes.join(","),
                     &name_of(port),
                 ])
@@ -110,7 +114,7 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
                 };
                 let encap = match peer.encap {
                     Encap::Vxlan => "vxlan",
-                    Encap::CrossSubnet => "cross-subnet",
+                    Encap::CrossSubnet => "cross_subnet",
                     Encap::Direct => "direct",
                 };
                 let uplinks = if peer.uplinks.is_empty() { "-".to_owned() } else { peer.uplinks.join(",") };
@@ -205,7 +209,7 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
     status.uplinks.iter().try_for_each(|uplink| print_uplink(out, uplink))?;
     if let Some(HostInfo { link, network, addresses, masquerade, state }) = &status.host {
         let masquerade = if *masquerade { "masquerades" } else { "does not masquerade" };
-        writeln!(out, "host {link}: {state}, network {network}, addresses {}, {masquerade}", join(addresses))?;
+        writeln!(out, "host {link}: network {network}, addresses {}, {masquerade}; {state}", join(addresses))?;
     }
     writeln!(
         out,
@@ -213,7 +217,11 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
         status.ports, status.networks, status.peers_reachable, status.peers
     )?;
     if status.ports_waiting > 0 {
-        writeln!(out, "{} ports of the last daemon wait to be adopted: see the daemon's log", status.ports_waiting)?;
+        writeln!(
+            out,
+            "{} ports of the last daemon wait to be adopted: see `switchctl port list`",
+            status.ports_waiting
+        )?;
     }
     for ipam in &status.ipam {
         let free = if ipam.free > PLENTY { "plenty".to_owned() } else { ipam.free.to_string() };
@@ -264,6 +272,10 @@ fn print_uplink(out: &mut impl Write, uplink: &UplinkInfo) -> io::Result<()> {
 fn print_port(out: &mut impl Write, port: &PortInfo) -> io::Result<()> {
     writeln!(out, "port {} on link {}, network {}", port.id, port.link, port.network)?;
     writeln!(out, "  mac {}, mtu {}, addresses {}", port.mac, port.mtu, join(&port.addresses))?;
+    if let Some(reason) = &port.waiting {
+        writeln!(out, "  waits to be adopted since the last daemon: {reason}")?;
+        return Ok(());
+    }
     writeln!(out, "  xdp {}, {}", mode(&port.xdp_mode, port.xdp_fallback.as_deref()), port.copy_modes.join(","))?;
     for route in &port.routes {
         write!(out, "  route {}", route.destination)?;

@@ -235,6 +235,9 @@ pub struct PortInfo {
     pub xdp_fallback: Option<String>,
     /// `copy` or `zero-copy`, by queue.
     pub copy_modes: Vec<String>,
+    /// Why it is no port yet, if it is one of the last daemon that waits to be adopted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<String>,
 }
 
 /// A route in a pod.
@@ -267,6 +270,9 @@ pub struct NetworkInfo {
     /// Its 802.1Q identifier on trunk ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vlan: Option<u16>,
+    /// The kernel's VXLAN device that it follows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub follow: Option<String>,
     /// Whether senders are checked.
     pub spoof_check: bool,
     /// Ports here.

@@ -102,6 +102,14 @@ impl Control {
                 return Err(conflict(format!("vlan {vid} belongs to network \"{}\" already", other.spec.name)));
             }
         }
+        let is_without_router = |range: &&IpNet| {
+            is_routed && !routers(spec).iter().any(|router| router.is_ipv4() == range.addr().is_ipv4())
+        };
+        if let Some(range) = spec.ranges.iter().find(is_without_router).filter(|_| self.is_host_network(spec)) {
+            return Err(invalid(format!(
+                "ranges: {range} is too small to have an address of this node in it: set `router`"
+            )));
+        }
         if self.is_host_network(spec) && (!is_routed || routers(spec).is_empty()) {
             return Err(invalid(format!(
                 "network \"{}\" is to be joined to the host: it must be routed, with ranges or a router address",
@@ -199,13 +207,22 @@ impl Control {
 
     fn remove_peer(&mut self, name: &str) -> Applied {
         let (index, spec) = self.desired.peer(name).map(|peer| (peer.index, peer.spec.clone()))?;
+        if self.desired.peers.get(name).is_some_and(|peer| peer.is_imported) {
+            return Err(conflict(format!(
+                "peer \"{name}\" is known from the kernel's tables and goes with them: remove what leads to {}",
+                spec.vtep
+            )));
+        }
+        if let Some(mirror) = self.desired.mirrors.values().find(|mirror| mirror.to == FdbTarget::Peer(name.to_owned()))
+        {
+            return Err(conflict(format!("mirror \"{}\" goes to peer \"{name}\": remove it first", mirror.name)));
+        }
         let routes: Vec<(NetworkIndex, IpNet)> =
             self.desired.routes.iter().filter(|(_, route)| route.peer == name).map(|(&key, _)| key).collect();
         for (network, prefix) in routes {
             self.desired.routes.remove(&(network, prefix));
             self.settle(network, prefix);
         }
-        self.desired.mirrors.retain(|_, mirror| mirror.to != FdbTarget::Peer(name.to_owned()));
         self.remove_stations(|_, entry| entry.at == FdbTarget::Peer(name.to_owned()));
         self.forget_peer(index);
         let vteps: Vec<_> = spec.vteps().collect();
@@ -285,6 +302,9 @@ impl Control {
 
     fn remove_route(&mut self, network: &str, prefix: IpNet) -> Applied {
         let index = self.desired.network(Some(network))?.index;
+        if self.desired.imported.contains_key(&(index, prefix)) && !self.desired.routes.contains_key(&(index, prefix)) {
+            return Err(conflict(format!("route {prefix} comes from the kernel's table: `ip route del {prefix}`")));
+        }
         if self.desired.routes.remove(&(index, prefix)).is_none() {
             return Err(not_found(format!(
                 "no route {prefix} to a peer: `switchctl route list --network {network}` shows them"

@@ -13,6 +13,8 @@ pub struct Attached {
     pub xdp_fallback: Option<String>,
     /// `copy` or `zero-copy`, by queue.
     pub copy_modes: Vec<String>,
+    /// Why not zero copy, if it was tried.
+    pub zero_copy_refusal: Option<String>,
 }
 
 /// One socket's numbers.

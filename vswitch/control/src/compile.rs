@@ -158,7 +158,7 @@ impl Control {
             let macs = (uplink.mac, hop.mac?);
             let own = self.underlay.vtep_for(vtep)?;
             let header = OuterHeader::new(macs, own, vtep, self.underlay.udp_port, self.config.vlan)?;
-            Some(Path { port, mtu: uplink.mtu, header })
+            Some(Path { port, mtu: hop.mtu.map_or(uplink.mtu, |mtu| mtu.min(uplink.mtu)), header })
         };
         let router_mac = entry.spec.router_mac.unwrap_or(GATEWAY_MAC);
         Peer { vtep, router_mac, is_direct, paths: ways.filter_map(path).collect() }

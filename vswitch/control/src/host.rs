@@ -180,8 +180,8 @@ fn mapping_rule(mapping: &PortMapping, address: IpAddr) -> String {
         IpAddr::V6(v6) => format!("[{v6}]:{container_port}"),
     };
     let at = match host_ip {
-        Some(host_ip) if host_ip.is_unspecified() => String::new(),
         Some(host_ip) if host_ip.is_ipv4() != address.is_ipv4() => return String::new(),
+        Some(host_ip) if host_ip.is_unspecified() => String::new(),
         Some(host_ip) => format!("{family} daddr {host_ip} "),
         None => String::new(),
     };

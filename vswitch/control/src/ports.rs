@@ -201,7 +201,8 @@ impl Control {
     pub(crate) fn remove_ports(&mut self, backend: &mut dyn Backend, goes: impl Fn(&PortRecord) -> bool) -> Answer {
         let ids: Vec<PortId> =
             self.desired.ports.iter().filter(|(_, port)| goes(&port.record)).map(|(&id, _)| id).collect();
-        let ports = ids.iter().filter_map(|&id| self.port_info(id).ok()).collect();
+        let ports = ids.iter().filter_map(|&id| self.port_info(id).ok());
+        let ports = ports.chain(self.waiting_infos(&goes)).collect();
         for id in ids {
             self.remove_port(id, backend);
         }

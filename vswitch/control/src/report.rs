@@ -18,6 +18,7 @@ use crate::checks::full_length;
 use crate::desired::{NetworkEntry, not_found};
 use crate::follow::Followed;
 use crate::routes::routers;
+use crate::state::PortRecord;
 use crate::underlay::Uplink;
 use crate::{Control, HOST_PORT, ipam};
 
@@ -29,13 +30,17 @@ impl Control {
         Ok(match request {
             Request::Status => Answer::Status(Box::new(self.status(backend))),
             Request::PortList { link: None } => {
-                Answer::Ports { ports: self.desired.ports.keys().filter_map(|&id| self.port_info(id).ok()).collect() }
+                let ports = self.desired.ports.keys().filter_map(|&id| self.port_info(id).ok());
+                Answer::Ports { ports: ports.chain(self.waiting_infos(|_| true)).collect() }
             }
             Request::PortList { link: Some(link) } => {
-                let id = self.desired.port_of_link(&link);
-                let id =
-                    id.ok_or_else(|| not_found(format!("no port of link {link}: `switchctl port list` shows them")))?;
-                Answer::Ports { ports: vec![self.port_info(id)?] }
+                let found = match self.desired.port_of_link(&link) {
+                    Some(id) => Some(self.port_info(id)?),
+                    None => self.waiting_infos(|record| record.spec.link == link).next(),
+                };
+                let found = found
+                    .ok_or_else(|| not_found(format!("no port of link {link}: `switchctl port list` shows them")))?;
+                Answer::Ports { ports: vec![found] }
             }
             Request::NetworkList => Answer::Networks {
                 networks: self.desired.networks.values().map(|entry| self.network_info(entry)).collect(),
@@ -53,33 +58,37 @@ impl Control {
         })
     }
 
+    /// Ports of the last daemon that wait to be adopted, and why.
+    pub(crate) fn waiting_infos(&self, is_meant: impl Fn(&PortRecord) -> bool) -> impl Iterator<Item = PortInfo> {
+        let meant = self.desired.waiting.iter().filter(move |record| is_meant(record));
+        meant.map(|record| PortInfo {
+            network: record.spec.network.clone().unwrap_or_default(),
+            addresses: record.spec.addresses.iter().map(|&address| address.into()).collect(),
+            waiting: Some(match self.desired.network(record.spec.network.as_deref()) {
+                Ok(_) => "it could not be attached: the daemon's log says why".to_owned(),
+                Err(error) => error.message,
+            }),
+            ..record_info(record)
+        })
+    }
+
     /// A port with all that its pod needs to know.
     pub(crate) fn port_info(&self, id: PortId) -> Result<PortInfo, ApiError> {
         let entry = self.desired.ports.get(&id).ok_or_else(|| not_found(format!("no port {id}")))?;
         let name = self.desired.network_name(entry.network);
         let network = self.desired.network(Some(&name))?;
         let spec = &entry.record.spec;
-        let Attached { xdp_mode, xdp_fallback, copy_modes } = entry.attached.clone();
+        let Attached { xdp_mode, xdp_fallback, copy_modes, .. } = entry.attached.clone();
         Ok(PortInfo {
-            id,
-            link: spec.link.clone(),
             network: name.clone(),
-            mac: spec.mac,
             addresses: spec.addresses.iter().map(|&address| pod_prefix(address, network)).collect(),
-            mtu: entry.record.mtu,
             routes: self.routes_of(network, spec, entry.record.mtu),
-            attachment: spec.attachment.clone(),
-            owner: spec.owner.clone(),
-            netns: spec.netns.clone(),
-            labels: spec.labels.clone(),
             stations_refused: self.desired.refused.get(&id).copied().unwrap_or(0),
             groups_refused: self.groups.refused(Location::Port(id)),
-            trunk: spec.trunk.clone(),
-            bandwidth: spec.bandwidth,
-            port_mappings: spec.port_mappings.clone(),
             xdp_mode,
             xdp_fallback,
             copy_modes,
+            ..record_info(&entry.record)
         })
     }
 
@@ -224,6 +233,7 @@ impl Control {
             ranges: entry.spec.ranges.clone(),
             router: routers(&entry.spec),
             vlan: entry.spec.vlan,
+            follow: entry.spec.follow.clone(),
             spoof_check: entry.spec.spoof_check,
             ports: self.desired.ports.values().filter(|port| port.network == entry.index).count(),
             routes: self.desired.routes.keys().filter(|(network, _)| *network == entry.index).count()
@@ -562,5 +572,32 @@ fn protocol_name(protocol: u8, is_ip: bool) -> String {
         58 => "icmpv6".to_owned(),
         132 => "sctp".to_owned(),
         other => format!("ip/{other}"),
+    }
+}
+
+/// What a record says by itself.
+fn record_info(record: &PortRecord) -> PortInfo {
+    let spec = &record.spec;
+    PortInfo {
+        id: record.id,
+        link: spec.link.clone(),
+        network: String::new(),
+        mac: spec.mac,
+        addresses: Vec::new(),
+        mtu: record.mtu,
+        routes: Vec::new(),
+        attachment: spec.attachment.clone(),
+        owner: spec.owner.clone(),
+        netns: spec.netns.clone(),
+        labels: spec.labels.clone(),
+        stations_refused: 0,
+        groups_refused: 0,
+        trunk: spec.trunk.clone(),
+        bandwidth: spec.bandwidth,
+        port_mappings: spec.port_mappings.clone(),
+        xdp_mode: String::new(),
+        xdp_fallback: None,
+        copy_modes: Vec::new(),
+        waiting: None,
     }
 }

@@ -49,6 +49,7 @@ impl Control {
                 link: Some(state.link.clone()),
                 address: Some(address),
                 mac,
+                mtu: None,
             };
             self.set_next_hops(peer, uplinks.iter().map(hop).collect());
         }

@@ -41,6 +41,8 @@ pub struct NextHop {
     pub address: Option<IpAddr>,
     /// The MAC address, once resolved.
     pub mac: Option<MacAddr>,
+    /// The route's MTU, if it is less than the link's.
+    pub mtu: Option<u32>,
 }
 
 #[derive(Debug)]

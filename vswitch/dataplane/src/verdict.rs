@@ -89,7 +89,7 @@ drop_reasons! {
     /// A fragment that covers bytes which were there before (RFC 3128, RFC 5722).
     FragmentOverlap, "fragment-overlap", "fragments overlap: one datagram is made to look like another";
     /// A tag that the trunk port does not carry, or none where there must be one.
-    VlanNotAllowed, "vlan-not-allowed", "the port carries no such VLAN: see `switchctl port list`";
+    VlanNotAllowed, "vlan-not-allowed", "the port carries no such VLAN: see `switchctl port show LINK`";
     /// An inner 802.1Q tag (RFC 7348 section 6.1).
     Tagged, "vlan-tag", "an 802.1Q tag where none is allowed (RFC 7348 section 6.1)";
     /// The source MAC is a group address or zero.

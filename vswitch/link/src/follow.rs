@@ -7,13 +7,13 @@ use std::net::IpAddr;
 
 use futures_util::StreamExt;
 use ipnet::IpNet;
-use netlink_packet_core::NetlinkPayload;
+use netlink_packet_core::{NLM_F_REPLACE, NetlinkPayload};
 use rtnetlink::MulticastGroup;
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteMessage, RouteNextHopFlags, RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteNextHopFlags, RouteProtocol, RouteType, RouteVia,
 };
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::sys::AsyncSocket;
@@ -23,7 +23,7 @@ use tokio::task::JoinHandle;
 use vswitch_net::MacAddr;
 
 use crate::underlay::Route;
-use crate::{Kernel, LinkError, refused};
+use crate::{HOST_PROTOCOL, Kernel, LinkError, refused};
 
 /// Room for news that come faster than they are read, bytes.
 const RECEIVE_BUFFER: usize = 16 << 20;
@@ -68,11 +68,22 @@ pub struct ExternNeighbor {
     pub mac: Option<MacAddr>,
 }
 
+/// What becomes of a route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Coming {
+    /// It is there, beside others of its prefix.
+    Added,
+    /// It is there, in the place of what the prefix had at its priority.
+    Replaced,
+    /// Its next hops are gone; an IPv6 route may have others still.
+    Gone,
+}
+
 /// A change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum News {
-    /// A route came (true) or went.
-    Route(KernelRoute, bool),
+    /// A route came, whole, or went.
+    Route(KernelRoute, Coming),
     /// A forwarding entry came (true) or went.
     Forwarding(Forwarding, bool),
     /// An address of a station elsewhere came (true) or went: a neighbor entry that a routing daemon made.
@@ -108,7 +119,8 @@ impl Follower {
                 if matches!(message.payload, NetlinkPayload::Overrun(_)) {
                     return;
                 }
-                if let Some(news) = news(message.payload)
+                let is_replacing = message.header.flags & NLM_F_REPLACE != 0;
+                if let Some(news) = news(message.payload, is_replacing)
                     && sender.try_send(news).is_err()
                 {
                     return;
@@ -178,15 +190,24 @@ impl Kernel {
     ///
     /// [`LinkError::Refused`].
     pub async fn add_neighbor(&self, ifindex: u32, address: IpAddr, mac: MacAddr) -> Result<(), LinkError> {
-        self.handle
-            .neighbours()
-            .add(ifindex, address)
-            .link_layer_address(&mac.0)
-            .state(NeighbourState::Permanent)
-            .replace()
-            .execute()
-            .await
-            .map_err(|error| refused(format!("tell the bridge of {address}"), error))
+        let request = self.handle.neighbours().add(ifindex, address).link_layer_address(&mac.0);
+        let mut request = request.state(NeighbourState::Permanent).replace();
+        request.message_mut().attributes.push(NeighbourAttribute::Protocol(RouteProtocol::Other(HOST_PROTOCOL)));
+        request.execute().await.map_err(|error| refused(format!("tell the bridge of {address}"), error))
+    }
+
+    /// What [`add_neighbor`](Self::add_neighbor) has told a bridge, by this daemon or an earlier one.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn own_neighbors(&self, ifindex: u32) -> Result<Vec<(IpAddr, MacAddr)>, LinkError> {
+        let own = NeighbourAttribute::Protocol(RouteProtocol::Other(HOST_PROTOCOL));
+        let entry = |message: NeighbourMessage| {
+            let is_own = message.header.ifindex == ifindex && message.attributes.contains(&own);
+            is_own.then(|| address_and_mac(&message)).and_then(|(address, mac)| Some((address?, mac?)))
+        };
+        self.dump("list neighbors", || self.handle.neighbours().get().execute(), entry).await
     }
 
     /// Takes such an address away again. It is fine if it is gone.
@@ -231,13 +252,14 @@ impl Kernel {
     }
 }
 
-fn news(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<News> {
+fn news(payload: NetlinkPayload<RouteNetlinkMessage>, is_replacing: bool) -> Option<News> {
     match payload {
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(message)) => {
-            kernel_route(&message).map(|route| News::Route(route, true))
+            let coming = if is_replacing { Coming::Replaced } else { Coming::Added };
+            kernel_route(&message).map(|route| News::Route(route, coming))
         }
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(message)) => {
-            kernel_route(&message).map(|route| News::Route(route, false))
+            kernel_route(&message).map(|route| News::Route(route, Coming::Gone))
         }
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNeighbour(message)) => {
             let neighbor = || extern_neighbor(&message).map(|entry| News::Neighbor(entry, true));
@@ -282,6 +304,13 @@ fn kernel_route(message: &RouteMessage) -> Option<KernelRoute> {
 /// The next hops of a route, those left out whose link is known to be dead.
 pub(crate) fn next_hops(message: &RouteMessage) -> Vec<Route> {
     let mut hops = Vec::new();
+    let mtu = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Metrics(metrics) => metrics.iter().find_map(|metric| match metric {
+            RouteMetric::Mtu(mtu) => Some(*mtu),
+            _ => None,
+        }),
+        _ => None,
+    });
     let single = next_hop(&message.attributes, 0);
     hops.extend((single.ifindex != 0).then_some(single));
     for attribute in &message.attributes {
@@ -291,11 +320,12 @@ pub(crate) fn next_hops(message: &RouteMessage) -> Vec<Route> {
             hops.extend(alive.map(|hop| next_hop(&hop.attributes, hop.interface_index)));
         }
     }
+    hops.iter_mut().for_each(|hop| hop.mtu = mtu);
     hops
 }
 
 fn next_hop(attributes: &[RouteAttribute], ifindex: u32) -> Route {
-    let mut hop = Route { ifindex, gateway: None };
+    let mut hop = Route { ifindex, gateway: None, mtu: None };
     for attribute in attributes {
         match attribute {
             RouteAttribute::Oif(index) => hop.ifindex = *index,
@@ -314,39 +344,35 @@ fn next_hop(attributes: &[RouteAttribute], ifindex: u32) -> Route {
 fn extern_neighbor(message: &NeighbourMessage) -> Option<ExternNeighbor> {
     let is_extern = message.header.flags.contains(NeighbourFlags::ExtLearned);
     let is_ip = matches!(message.header.family, AddressFamily::Inet | AddressFamily::Inet6);
+    let (address, mac) = address_and_mac(message);
+    (is_extern && is_ip).then_some(ExternNeighbor { ifindex: message.header.ifindex, address: address?, mac })
+}
+
+/// Both as far as they are there.
+pub(crate) fn address_and_mac(message: &NeighbourMessage) -> (Option<IpAddr>, Option<MacAddr>) {
     let (mut address, mut mac) = (None, None);
     for attribute in &message.attributes {
         match attribute {
             NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => address = Some(IpAddr::V4(*v4)),
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => address = Some(IpAddr::V6(*v6)),
+            // The crate knows no family for a bridge's entries, and gives the bytes.
+            NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
+                let v4 = <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from);
+                address = v4.or_else(|| <[u8; 16]>::try_from(bytes.as_slice()).ok().map(IpAddr::from));
+            }
             NeighbourAttribute::LinkLayerAddress(bytes) => {
                 mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(MacAddr);
             }
             _ => {}
         }
     }
-    (is_extern && is_ip).then_some(ExternNeighbor { ifindex: message.header.ifindex, address: address?, mac })
+    (address, mac)
 }
 
 fn forwarding(message: &NeighbourMessage) -> Option<Forwarding> {
     if message.header.family != AddressFamily::Bridge {
         return None;
     }
-    let (mut mac, mut vtep) = (None, None);
-    for attribute in &message.attributes {
-        match attribute {
-            NeighbourAttribute::LinkLayerAddress(bytes) => {
-                mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(MacAddr);
-            }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => vtep = Some(IpAddr::V4(*v4)),
-            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => vtep = Some(IpAddr::V6(*v6)),
-            // The crate knows no family for a bridge's entries, and gives the bytes.
-            NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
-                let v4 = <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from);
-                vtep = v4.or_else(|| <[u8; 16]>::try_from(bytes.as_slice()).ok().map(IpAddr::from));
-            }
-            _ => {}
-        }
-    }
+    let (vtep, mac) = address_and_mac(message);
     Some(Forwarding { ifindex: message.header.ifindex, mac: mac?, vtep })
 }

@@ -19,6 +19,7 @@ use crate::{Kernel, LinkError, errno, ethtool, refused};
 pub const HOST_PROTOCOL: u8 = 118;
 
 const ESRCH: i32 = 3;
+const EEXIST: i32 = 17;
 
 /// A route of the host to pods, by way of the switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,11 +32,11 @@ pub struct HostRoute {
 
 impl Kernel {
     /// Makes the pair `host` and `switch`, both here and up. The switch's end is sealed from the host's stack; the host's
-    /// end has segmentation offloads off, as a pod's has. What stood there under these names goes first.
+    /// end has segmentation offloads off, as a pod's has. What an earlier daemon left under these names goes first.
     ///
     /// # Errors
     ///
-    /// [`LinkError::Refused`]; nothing is left behind.
+    /// [`LinkError::Taken`] or [`LinkError::Refused`]; nothing is left behind.
     pub async fn create_host_veth(
         &self,
         host: &str,
@@ -43,7 +44,7 @@ impl Kernel {
         mtu: u32,
         queues: u32,
     ) -> Result<MacAddr, LinkError> {
-        self.delete_link(host).await?;
+        self.delete_pair(host, switch).await?;
         let queues = [LinkAttribute::NumTxQueues(queues), LinkAttribute::NumRxQueues(queues)];
         let mut peer = LinkMessageBuilder::<LinkUnspec>::new().name(switch).mtu(mtu);
         let mut message = LinkMessageBuilder::<LinkVeth>::new(host, switch).mtu(mtu);
@@ -83,18 +84,25 @@ impl Kernel {
     }
 
     /// Makes a link that is a port of a bridge and carries nothing: stations are told to the bridge as being there. Its
-    /// index. What stood there under this name goes first.
+    /// index. What an earlier daemon left under this name goes first.
     ///
     /// # Errors
     ///
-    /// [`LinkError::Refused`]; nothing is left behind.
+    /// [`LinkError::Taken`] or [`LinkError::Refused`]; nothing is left behind.
     pub async fn create_bridge_face(&self, name: &str, bridge: u32) -> Result<u32, LinkError> {
-        self.delete_link(name).await?;
         let other = format!("{name}-x");
+        self.delete_pair(name, &other).await?;
         let message = LinkMessageBuilder::<LinkVeth>::new(name, &other).build();
         let what = || format!("make the link {name}");
         self.handle.link().add(message).execute().await.map_err(|error| refused(what(), error))?;
         let mut index = 0;
+        // What the bridge floods reaches the other end, and must not reach the host's stack.
+        for end in [other.as_str(), name] {
+            if let Err(error) = seal(end) {
+                let _ = self.delete_link(name).await;
+                return Err(error);
+            }
+        }
         for (name, master) in [(other.as_str(), None), (name, Some(bridge))] {
             let Some(link) = self.link(name).await? else { continue };
             index = link.ifindex;
@@ -120,15 +128,18 @@ impl Kernel {
         write_setting("ipv4", host, "route_localnet", "1")
     }
 
-    /// Adds a route to pods, or changes it, in a table of the kernel's.
+    /// Adds a route to pods to a table of the kernel's. False if somebody else has a route to that prefix there: it stays
+    /// as it is.
     ///
     /// # Errors
     ///
     /// [`LinkError::Refused`].
-    pub async fn set_host_route(&self, ifindex: u32, table: u32, route: HostRoute) -> Result<(), LinkError> {
-        let message = host_route(ifindex, table, route);
-        let what = || format!("set the host's route to {}", route.prefix);
-        self.handle.route().add(message).replace().execute().await.map_err(|error| refused(what(), error))
+    pub async fn add_host_route(&self, ifindex: u32, table: u32, route: HostRoute) -> Result<bool, LinkError> {
+        match self.handle.route().add(host_route(ifindex, table, route)).execute().await {
+            Ok(()) => Ok(true),
+            Err(error) if errno(&error) == Some(EEXIST) => Ok(false),
+            Err(error) => Err(refused(format!("set the host's route to {}", route.prefix), error)),
+        }
     }
 
     /// Takes a route to pods away. It is fine if it is gone already.

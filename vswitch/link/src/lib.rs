@@ -14,7 +14,7 @@ mod veth;
 
 use std::net::IpAddr;
 
-pub use follow::{ExternNeighbor, Follower, Forwarding, KernelRoute, News};
+pub use follow::{Coming, ExternNeighbor, Follower, Forwarding, KernelRoute, News};
 use futures_util::{Stream, TryStreamExt};
 pub use host::{HOST_PROTOCOL, HostRoute};
 pub use netns::Netns;
@@ -39,6 +39,14 @@ pub enum LinkError {
         what: String,
         /// The kernel's answer.
         source: std::io::Error,
+    },
+    /// A link of somebody else has the name that ours should get.
+    #[error(
+        "link {name} is there already and is not the switch's: choose another name, or remove it (`ip -d link show {name}`)"
+    )]
+    Taken {
+        /// The name.
+        name: String,
     },
     /// The namespace cannot be entered.
     #[error(
@@ -91,6 +99,7 @@ impl LinkError {
             LinkError::Open(source) | LinkError::Refused { source, .. } | LinkError::Netns { source, .. } => {
                 source.raw_os_error()
             }
+            LinkError::Taken { .. } => None,
         }
     }
 }

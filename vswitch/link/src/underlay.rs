@@ -4,9 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use futures_util::{StreamExt, TryStreamExt};
-use rtnetlink::packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
-};
+use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourMessage, NeighbourState};
 use rtnetlink::packet_route::route::{RouteFlags, RouteType};
 use rtnetlink::{MulticastGroup, RouteMessageBuilder};
 use tokio::sync::Notify;
@@ -22,6 +20,8 @@ pub struct Route {
     pub ifindex: u32,
     /// The gateway; none if the destination is on the link.
     pub gateway: Option<IpAddr>,
+    /// The route's own MTU, if it has one.
+    pub mtu: Option<u32>,
 }
 
 /// A neighbor entry.
@@ -114,18 +114,7 @@ impl Kernel {
             if message.header.ifindex != ifindex {
                 return None;
             }
-            let mut address = None;
-            let mut mac = None;
-            for attribute in &message.attributes {
-                match attribute {
-                    NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => address = Some(IpAddr::V4(*v4)),
-                    NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => address = Some(IpAddr::V6(*v6)),
-                    NeighbourAttribute::LinkLayerAddress(bytes) => {
-                        mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(MacAddr);
-                    }
-                    _ => {}
-                }
-            }
+            let (address, mac) = follow::address_and_mac(&message);
             let state = message.header.state;
             let is_known = !matches!(state, NeighbourState::Failed | NeighbourState::Incomplete | NeighbourState::None);
             let is_fresh = is_known && state != NeighbourState::Stale;

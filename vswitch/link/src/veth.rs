@@ -84,6 +84,23 @@ impl Kernel {
         }
     }
 
+    /// Deletes a pair that an earlier daemon left: a veth of this name whose other end has the other name.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Taken`] for any other link of either name; it stays.
+    pub(crate) async fn delete_pair(&self, name: &str, other: &str) -> Result<(), LinkError> {
+        let ends = [self.link(name).await?, self.link(other).await?];
+        match ends {
+            [None, None] => Ok(()),
+            [Some(one), Some(two)] if one.is_veth && two.is_veth => self.delete_link(name).await.map(|_| ()),
+            [one, _] => {
+                let name = if one.is_some() { name } else { other };
+                Err(LinkError::Taken { name: name.to_owned() })
+            }
+        }
+    }
+
     /// Sets a link up.
     ///
     /// # Errors

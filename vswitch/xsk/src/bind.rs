@@ -111,6 +111,7 @@ pub struct BoundSocket {
     fd: Arc<OwnedFd>,
     rings: Rings,
     mode: CopyMode,
+    zero_copy_refusal: Option<String>,
 }
 
 impl Binder {
@@ -125,12 +126,15 @@ impl Binder {
     ///
     /// Each tells what to do; nothing is left behind.
     pub fn bind(&mut self, ifindex: u32, queue: u32, zero_copy: ZeroCopy) -> Result<BoundSocket, BindError> {
-        if zero_copy == ZeroCopy::Auto
-            && let Ok(socket) = self.bind_as(CopyMode::ZeroCopy, ifindex, queue)
-        {
-            return Ok(socket);
+        let mut zero_copy_refusal = None;
+        if zero_copy == ZeroCopy::Auto {
+            match self.bind_as(CopyMode::ZeroCopy, ifindex, queue) {
+                Ok(socket) => return Ok(socket),
+                Err(BindError::Bind { source, .. }) => zero_copy_refusal = Some(source.to_string()),
+                Err(_) => {}
+            }
         }
-        self.bind_as(CopyMode::Copy, ifindex, queue)
+        Ok(BoundSocket { zero_copy_refusal, ..self.bind_as(CopyMode::Copy, ifindex, queue)? })
     }
 
     fn bind_as(&mut self, mode: CopyMode, ifindex: u32, queue: u32) -> Result<BoundSocket, BindError> {
@@ -181,6 +185,11 @@ impl BoundSocket {
     pub fn copy_mode(&self) -> CopyMode {
         self.mode
     }
+
+    /// What the kernel said when zero copy was tried and refused.
+    pub fn zero_copy_refusal(&self) -> Option<&str> {
+        self.zero_copy_refusal.as_deref()
+    }
 }
 
 impl AsFd for BoundSocket {
@@ -192,7 +201,7 @@ impl AsFd for BoundSocket {
 fn adopt(donors: &mut Vec<Weak<OwnedFd>>, fd: OwnedFd, rings: Rings, mode: CopyMode) -> BoundSocket {
     let fd = Arc::new(fd);
     donors.push(Arc::downgrade(&fd));
-    BoundSocket { fd, rings, mode }
+    BoundSocket { fd, rings, mode, zero_copy_refusal: None }
 }
 
 fn open() -> Result<(OwnedFd, Rings), BindError> {
