@@ -23,6 +23,11 @@ subnets = ["10.9.0.0/16"]
 ranges = ["10.9.1.0/24"]
 multicast_snooping = true
 storm = { broadcast = 500, unknown_unicast = 500 }
+[[network]]
+name = "open"
+vni = 10
+mode = "bridged"
+spoof_check = false
 [[peer]]
 name = "other"
 vtep = "192.0.2.2"
@@ -66,12 +71,12 @@ fn count(daemon: &Daemon, reason: &str) -> u64 {
     found.and_then(|drop| drop["packets"].as_u64()).unwrap_or(0)
 }
 
-/// A neighbour's ping, until the attack is over: everything must come back.
-fn neighbour(from: &Namespace, to: &str, seconds: u32) -> JoinHandle<String> {
+/// A neighbour's ping of so many bytes, until the attack is over: everything must come back.
+fn neighbour(from: &Namespace, to: &str, seconds: u32, size: &'static str) -> JoinHandle<String> {
     let (from, to) = (from.clone(), to.to_owned());
     thread::spawn(move || {
         let count = (seconds * 20).to_string();
-        from.run(seconds + 15, &["ping", "-q", "-n", "-i", "0.05", "-W", "2", "-c", &count, &to])
+        from.run(seconds + 15, &["ping", "-q", "-n", "-s", size, "-i", "0.05", "-W", "2", "-c", &count, &to])
             .unwrap_or_else(|error| error.to_string())
     })
 }
@@ -101,14 +106,19 @@ fn in_a_routed_network() {
     lab.wire([(&node, "wire", &["192.0.2.1/24"]), (&other, "wire", &["192.0.2.2/24"])], 1500).unwrap();
     let daemon = lab.daemon(&node, "node", CONFIG).unwrap();
     let (attacker, own) = add_pod(lab, &daemon, "attacker");
-    let (one, _) = add_pod(lab, &daemon, "one");
+    let (one, speaker) = add_pod(lab, &daemon, "one");
+    let (third, three) = add_pod(lab, &daemon, "three");
     let (_two, two) = add_pod(lab, &daemon, "two");
     let own = &own[0];
-    one.await_ping(&two[0]).unwrap();
+    one.await_ping(&three[0]).unwrap();
+    // Their datagrams travel in fragments.
+    for pod in [&one, &third] {
+        pod.ip("link set eth0 mtu 1500").unwrap();
+    }
     lab::wait_for(10, || daemon.ctl(&["status"]).unwrap()["peers_reachable"] == 1).unwrap();
     let before = daemon.memory();
-    let victim = &two[0];
-    let attacks: [(&str, String, &[&str]); 6] = [
+    let (victim, speaker, listener) = (&two[0], &speaker[0], &three[0]);
+    let attacks: [(&str, String, &[&str]); 7] = [
         (
             "forged ICMP errors",
             format!("def frames():
@@ -127,6 +137,12 @@ fn in_a_routed_network() {
         yield gate + own + b'\\x08\\0' + ip4('{own}', '{victim}', 17, udp, i & 0xffff, 0x2000)
         yield gate + own + b'\\x08\\0' + ip4('{own}', '{victim}', 17, udp, i & 0xffff, 4)"),
             &["fragment-overlap"],
+        ),
+        (
+            "fragments of every number in the neighbour's name",
+            format!("def frames():
+    for i in range(65536): yield gate + own + b'\\x08\\0' + ip4('{speaker}', '{listener}', 1, bytes(64), i, 0x2000)"),
+            &["spoofed-address"],
         ),
         (
             "a flood of fragments",
@@ -162,7 +178,7 @@ fn in_a_routed_network() {
     ];
     for (what, frames, reasons) in attacks {
         let counts: Vec<u64> = reasons.iter().map(|reason| count(&daemon, reason)).collect();
-        let ping = neighbour(&one, victim, 2);
+        let ping = neighbour(&one, &three[0], 2, "3000");
         flood(&attacker, &frames);
         assert_unharmed(ping, what);
         for (reason, before) in reasons.iter().zip(counts) {
@@ -227,7 +243,7 @@ fn in_a_bridged_network() {
     ];
     for (what, frames, reason) in attacks {
         let seconds = if reason.is_empty() { 2 } else { 8 };
-        let ping = neighbour(&pods[1], &two, seconds);
+        let ping = neighbour(&pods[1], &two, seconds, "56");
         flood(&pods[0], frames);
         assert_unharmed(ping, what);
         if !reason.is_empty() {
@@ -242,10 +258,51 @@ fn in_a_bridged_network() {
     assert!(stations < 120 && groups <= 140, "{stations} stations, {groups} groups");
     assert!(after < before + (8 << 20), "memory: {before} bytes before, {after} after");
     let ports = daemon.ctl(&["port", "list"]).unwrap();
-    let refused: u64 =
-        ports["ports"].as_array().unwrap().iter().filter_map(|port| port["stations_refused"].as_u64()).sum();
-    assert!(refused > 100, "{refused} stations refused");
+    let refused =
+        |what: &str| -> u64 { ports["ports"].as_array().unwrap().iter().filter_map(|port| port[what].as_u64()).sum() };
+    println!("{} stations and {} groups refused", refused("stations_refused"), refused("groups_refused"));
+    assert!(refused("stations_refused") > 100 && refused("groups_refused") > 1000, "{ports}");
     assert!(pods[2].pings(&one, 20, 5));
+    // Without any limit of the port, the network's holds, and a checked pod claims nobody's address.
+    let open = lab.namespace("open").unwrap();
+    daemon.run_ctl(&["port", "add", "--netns", &open.path(), "--network", "open", "--check", "none"]).unwrap();
+    let sly = lab.namespace("sly").unwrap();
+    plug(&daemon, &sly, json!({"network": "lan"}));
+    let attacks: [(&Namespace, &str, String, &str); 2] = [
+        (
+            &open,
+            "MAC addresses without a limit",
+            "def frames():
+    for i in range(100000): yield b'\\x02\\x99\\0\\0\\0\\x01' + b'\\x06\\0' + struct.pack('!I', i) + b'\\x08\\0' + ip4('10.9.1.9', '10.9.1.8', 17, bytes(8))"
+                .to_owned(),
+            "",
+        ),
+        (
+            &sly,
+            "ARP and ND in the name of a neighbour",
+            format!("def frames():
+    arp = lambda op: b'\\xff' * 6 + own + b'\\x08\\x06' + struct.pack('!HHBBH', 1, 0x800, 6, 4, op) + own + socket.inet_aton('{two}') + bytes(6) + socket.inet_aton('{one}')
+    v6 = lambda source: bytes.fromhex('333300000001') + own + b'\\x86\\xdd' + struct.pack('!IHBB', 0x60000000, 32, 58, 255) + socket.inet_pton(10, source) + socket.inet_pton(10, 'ff02::1')
+    na = v6('fe80::1') + struct.pack('!BBHI', 136, 0, 0, 0x20000000) + socket.inet_pton(10, 'fe80::1') + b'\\x02\\x01' + own
+    ns = v6('fe80::1') + struct.pack('!BBHI', 135, 0, 0, 0) + socket.inet_pton(10, 'fe80::2') + b'\\x01\\x01' + own
+    for i in range(10000): yield arp(1); yield arp(2); yield na; yield ns"),
+            "spoofed-neighbor",
+        ),
+    ];
+    for (attacker, what, frames, reason) in attacks {
+        let before = count(&daemon, reason);
+        let ping = neighbour(&pods[1], &two, 3, "56");
+        flood(attacker, &frames);
+        assert_unharmed(ping, what);
+        println!("{what}: {} {reason}", count(&daemon, reason) - before);
+        assert!(reason.is_empty() || count(&daemon, reason) - before > 1000, "{what}");
+    }
+    let listed = daemon.ctl(&["fdb", "list", "--network", "open"]).unwrap()["stations"].as_array().unwrap().len();
+    println!("{listed} stations of 100000 in a network without limits of its ports");
+    assert!((100..=8193).contains(&listed), "the limit of a network is 8192: {listed}");
+    // Nobody believes the sly one: the neighbour is where it was.
+    pods[1].run(5, &["ip", "neigh", "flush", "dev", "eth0"]).unwrap();
+    assert!(pods[1].pings(&two, 20, 5));
     assert_balanced(&daemon);
 }
 
@@ -289,7 +346,7 @@ peer = "other"
     let (one, _) = add_pod(lab, &daemons[0], "one");
     let (_far, far) = add_pod(lab, &daemons[1], "far");
     one.await_ping(&far[0]).unwrap();
-    let ping = neighbour(&one, &far[0], 2);
+    let ping = neighbour(&one, &far[0], 2, "56");
     let own = &own[0];
     flood(
         &pod,
@@ -304,7 +361,7 @@ peer = "other"
     println!("a circle of routes: {turned} of 20000 turned away by the second node, none came back");
     assert!(turned > 1000 && count(&daemons[0], "split-horizon") == 0);
     // A forged outer source: our own VTEP, and a stranger.
-    let ping = neighbour(&one, &far[0], 2);
+    let ping = neighbour(&one, &far[0], 2, "56");
     let forge = "import json
 from scapy.all import *
 conf.verb = 0
@@ -320,6 +377,6 @@ for source in ('192.0.2.1', '192.0.2.66'):
     let counts = ["spoofed-vtep", "unknown-peer"].map(|reason| count(&daemons[0], reason));
     println!("of 2000 each: {} spoofed-vtep, {} unknown-peer", counts[0], counts[1]);
     // A burst after a silence may find the fill ring short.
-    assert!(counts.iter().all(|&count| count > 500), "{}", daemons[0].run_ctl(&["drops"]).unwrap());
+    assert!(counts.iter().all(|&count| count > 100), "{}", daemons[0].run_ctl(&["drops"]).unwrap());
     daemons.iter().for_each(assert_balanced);
 }
