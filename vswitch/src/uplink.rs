@@ -11,7 +11,7 @@ use std::net::IpAddr;
 
 use tracing::{debug, info, warn};
 use vswitch_control::{Backend, Control, NextHop, UPLINK_PORT, UplinkState};
-use vswitch_link::{Kernel, LinkError, LinkState, Neighbor};
+use vswitch_link::{Kernel, LinkError, LinkState, Neighbor, Route};
 use vswitch_net::PortId;
 use vswitch_xsk::{Role, Vtep, ZeroCopy};
 
@@ -97,7 +97,18 @@ async fn next_hops(
     peer: IpAddr,
 ) -> Result<Vec<NextHop>, LinkError> {
     let mut next_hops = Vec::new();
-    for route in kernel.routes_to(peer).await? {
+    let routes = match peer {
+        // Only a gateway of an imported route is link-local. Its link is the one where it answers.
+        IpAddr::V6(v6) if v6.is_unicast_link_local() => {
+            let is_known =
+                |link: &&LinkState| neighbors.get(&(link.ifindex, peer)).is_some_and(|known| known.mac.is_some());
+            let of = |link: &LinkState| Route { ifindex: link.ifindex, gateway: None, mtu: None };
+            let known: Vec<Route> = uplinks.iter().copied().filter(is_known).map(of).collect();
+            if known.is_empty() { uplinks.iter().copied().map(of).collect() } else { known }
+        }
+        _ => kernel.routes_to(peer).await?,
+    };
+    for route in routes {
         let address = route.gateway.unwrap_or(peer);
         let mut next_hop = NextHop {
             link: all.iter().find(|link| link.ifindex == route.ifindex).map(|link| link.name.clone()),

@@ -42,8 +42,8 @@ import = "kernel"
 [[network]]
 name = "pods"
 vni = 1
-subnets = ["10.244.0.0/16"]
-ranges = ["10.244.{node}.0/24"]
+subnets = ["10.244.0.0/16", "fd00:10:244::/48"]
+ranges = ["10.244.{node}.0/24", "fd00:10:244:{node}::/64"]
 "#
     )
 }
@@ -53,7 +53,8 @@ fn bird_and_frr_make_pods_meet() {
     let Some(mut bench) = bench("bgp") else { return };
     let lab = &mut bench.lab;
     let nodes = [lab.namespace("node1").unwrap(), lab.namespace("node2").unwrap()];
-    lab.wire([(&nodes[0], "wire", &["192.0.2.1/24"]), (&nodes[1], "wire", &["192.0.2.2/24"])], 1500).unwrap();
+    let addresses = [["192.0.2.1/24", "2001:db8::1/64"], ["192.0.2.2/24", "2001:db8::2/64"]];
+    lab.wire([(&nodes[0], "wire", &addresses[0]), (&nodes[1], "wire", &addresses[1])], 1500).unwrap();
     let daemons: Vec<Daemon> =
         (0..2).map(|at| lab.daemon(&nodes[at], &format!("node{}", at + 1), &config(at as u8 + 1)).unwrap()).collect();
     let (near, near_ips) = add_pod(lab, &daemons[0], "near");
@@ -65,7 +66,9 @@ fn bird_and_frr_make_pods_meet() {
             "router id 192.0.2.1;
 protocol device {}
 protocol kernel { learn; ipv4 { import where krt_source = 118; export where source = RTS_BGP; }; }
-protocol bgp frr { local 192.0.2.1 as 65001; neighbor 192.0.2.2 as 65002; ipv4 { import all; export all; }; }
+protocol kernel kernel6 { learn; ipv6 { import where krt_source = 118; export where source = RTS_BGP; }; }
+protocol bgp frr { local 192.0.2.1 as 65001; neighbor 192.0.2.2 as 65002; connect delay time 1; connect retry time 2; ipv4 { import all; export all; }; }
+protocol bgp frr6 { local 2001:db8::1 as 65001; neighbor 2001:db8::2 as 65002; connect delay time 1; connect retry time 2; ipv6 { import all; export all; }; }
 ",
         )
         .unwrap();
@@ -80,13 +83,24 @@ router bgp 65002
  bgp router-id 192.0.2.2
  no bgp ebgp-requires-policy
  neighbor 192.0.2.1 remote-as 65001
+ neighbor 2001:db8::1 remote-as 65001
+ neighbor 192.0.2.1 advertisement-interval 0
+ neighbor 2001:db8::1 advertisement-interval 0
  address-family ipv4 unicast
+  redistribute kernel
+ exit-address-family
+ address-family ipv6 unicast
+  neighbor 2001:db8::1 activate
   redistribute kernel
  exit-address-family
 ",
     );
-    lab::wait_for(60, || near.pings(&far_ips[0], 1, 1)).unwrap();
-    assert!(near.pings(&far_ips[0], 20, 5) && far.pings(&near_ips[0], 20, 5));
+    for family in [0, 1] {
+        lab::wait_for(60, || near.pings(&far_ips[family], 1, 1)).unwrap();
+        assert!(near.pings(&far_ips[family], 20, 5) && far.pings(&near_ips[family], 20, 5));
+    }
+    // FRR takes the link-local next hop that IPv6 neighbors tell each other; the switch finds its link.
+    println!("{}", daemons[1].run_ctl(&["peer", "list"]).unwrap());
     for (at, daemon) in daemons.iter().enumerate() {
         let routes = daemon.run_ctl(&["route", "list"]).unwrap();
         let prefix = format!("10.244.{}.0/24", 2 - at);
@@ -103,7 +117,9 @@ router bgp 65002
     // The hosts reach the pods of the other node too, by the same routes.
     assert!(nodes[0].pings(&far_ips[0], 5, 3) && nodes[1].pings(&near_ips[0], 5, 3));
     // What the routing daemon takes back is taken back here.
-    nodes[0].run(5, &["birdc", "-s", &control, "disable", "frr"]).unwrap();
+    for session in ["frr", "frr6"] {
+        nodes[0].run(5, &["birdc", "-s", &control, "disable", session]).unwrap();
+    }
     lab::wait_for(30, || !daemons[0].run_ctl(&["route", "list"]).unwrap().contains("10.244.2.0/24")).unwrap();
     lab::wait_for(30, || !daemons[1].run_ctl(&["peer", "list"]).unwrap().contains("kernel-")).unwrap();
     daemons.iter().for_each(assert_balanced);
