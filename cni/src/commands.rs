@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use vswitch_api::{Answer, Client, ClientError, PortInfo, PortSpec, Request, SenderCheck, StatusInfo};
 use vswitch_link::plug::{Plug, host_link, plug, pod_mac};
-use vswitch_link::{Kernel, Netns};
+use vswitch_link::{Kernel, KernelRoute, Netns};
 
 use crate::error::{CniError, Code};
 use crate::ipam::IpamPlugin;
@@ -181,6 +181,12 @@ pub(crate) async fn check(conf: &NetConf) -> Result<(), CniError> {
     if inside.mac != port.mac {
         return Err(drift(format!("{ifname} has the MAC {}, the switch expects {}", inside.mac, port.mac)));
     }
+    if let Some(reason) = &port.waiting {
+        return Err(drift(format!("the switch has not taken {link} over from its last daemon: {reason}")));
+    }
+    if !inside.is_up {
+        return Err(drift(format!("{ifname} is down")));
+    }
     let addresses = pod.addresses(inside.ifindex).await?;
     let is_ours =
         |ip: &&Ip| ip.interface.and_then(|at| previous.interfaces.get(at)).is_some_and(|own| own.name == *ifname);
@@ -191,6 +197,14 @@ pub(crate) async fn check(conf: &NetConf) -> Result<(), CniError> {
         if !port.addresses.iter().any(|address| address.addr() == ip.address.addr()) {
             return Err(drift(format!("the switch does not know the address {} of {ifname}", ip.address)));
         }
+    }
+    let routes = pod.kernel_routes().await?;
+    let has = |prefix: &ipnet::IpNet| {
+        let by_link = |route: &&KernelRoute| route.next_hops.iter().any(|hop| hop.ifindex == inside.ifindex);
+        routes.iter().filter(by_link).any(|route| route.prefix == *prefix)
+    };
+    if let Some(lost) = port.routes.iter().find(|route| !has(&route.destination)) {
+        return Err(drift(format!("{ifname} has lost its route to {}", lost.destination)));
     }
     match IpamPlugin::find(conf, &environment)? {
         Some(ipam) => ipam.call("CHECK"),

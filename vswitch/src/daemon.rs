@@ -310,6 +310,7 @@ impl Daemon {
         match &answer {
             Ok(_) if !is_change => debug!("{asked}"),
             Ok(_) => info!("{asked}"),
+            Err(error) if !is_change => debug!("{asked}: refused: {error}"),
             Err(error) => info!("{asked}: refused: {error}"),
         }
         if is_change {

@@ -251,9 +251,13 @@ fn check_tells_what_drifted() {
     assert!(Caller::new(&daemon, &pod).fails("CHECK", 7).contains("CHECK needs prevResult"));
     let check = || Caller::new(&daemon, &pod).with("prevResult", result.clone());
     check().ok("CHECK");
+    pod.ip("route del default").unwrap();
+    assert!(check().fails("CHECK", 102).contains("eth0 has lost its route to 0.0.0.0/0"));
     let address = result["ips"][0]["address"].as_str().unwrap();
     pod.ip(&format!("addr del {address} dev eth0")).unwrap();
     assert!(check().fails("CHECK", 102).contains("has lost its address"));
+    pod.ip("link set eth0 down").unwrap();
+    assert!(check().fails("CHECK", 102).contains("eth0 is down"));
     pod.ip("link del eth0").unwrap();
     // The switch notices by itself; until then the interface is missing, afterwards the port.
     let message = check().fails("CHECK", 102);

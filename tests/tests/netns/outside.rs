@@ -273,3 +273,31 @@ fn nothing_of_the_host_is_changed_after_stop() {
     let after = inventory(&node);
     assert_eq!((difference(&before, &after), difference(&after, &before)), (vec![], vec![]));
 }
+
+#[test]
+fn a_mapped_port_that_the_kernel_refuses_is_no_port() {
+    let Some(mut bench) = bench("refused") else { return };
+    let lab = &mut bench.lab;
+    let node = lab.namespace("node").unwrap();
+    lab.wire([(&node, "wire", &["192.0.2.1/24"]), (&node, "other", &[])], 1500).unwrap();
+    // Somebody else owns the table, as long as it runs.
+    let own = "(echo 'add table inet vswitch { flags owner; }'; sleep 60) | nft -i";
+    lab.spawn(&node, &["sh", "-c", own]).unwrap();
+    lab::wait_for(5, || node.run(5, &["nft", "list", "tables"]).unwrap().contains("inet vswitch")).unwrap();
+    let daemon = lab
+        .daemon(&node, "node", &CONFIG.replace("network = \"pods\"", "network = \"pods\"\nmasquerade = false"))
+        .unwrap();
+    let web = lab.namespace("web").unwrap();
+    let mut netconf = daemon.netconf(&conflist());
+    netconf["runtimeConfig"] = json!({"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]});
+    let path = web.path();
+    let environment = [("CNI_CONTAINERID", "web"), ("CNI_NETNS", path.as_str()), ("CNI_IFNAME", "eth0")];
+    let refused = daemon.cni("ADD", &environment, &netconf).unwrap();
+    assert!(
+        !refused.is_ok && refused.json["msg"].as_str().unwrap().contains("nft refused our table"),
+        "{}",
+        refused.json
+    );
+    assert_eq!(daemon.ctl(&["status"]).unwrap()["ports"], 0);
+    assert!(!web.run(5, &["ip", "link"]).unwrap().contains("eth0"), "nothing is left of it");
+}

@@ -328,7 +328,9 @@ impl Control {
         if self.desired.is_static(index, spec.mac) {
             return Err(conflict(format!("{} is a static station or a port's own already", spec.mac)));
         }
-        let location = self.locate(&spec.at).ok_or_else(|| not_found(format!("no {}", spec.at)))?;
+        let location = self
+            .locate(&spec.at)
+            .ok_or_else(|| not_found(format!("no {}: `switchctl peer list` and `port list` show them", spec.at)))?;
         if let Location::Port(port) = location
             && self.desired.ports.get(&port).is_none_or(|entry| !self.desired.is_in(entry, index))
         {
