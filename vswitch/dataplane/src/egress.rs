@@ -67,17 +67,31 @@ impl<P: PortIo> Egress<'_, P> {
                     Checksum::Complete => None,
                     Checksum::Partial { offset } => Some(TxChecksum { start: l4, offset }),
                 };
-                for &mirror in &info.mirrors_to {
-                    self.mirror(&packet, meta, mirror, l4);
+                if !info.mirrors_to.is_empty() {
+                    self.mirror_to(&packet, meta, &info.mirrors_to, l4);
                 }
-                let limit = info.limits.as_ref().and_then(|limits| limits.to.as_ref());
-                self.shape(packet, meta.ingress, port, limit, request);
+                match info.limits.as_ref().and_then(|limits| limits.to.as_ref()) {
+                    None => self.send(packet, meta.ingress, port, request),
+                    Some(limit) => self.shape(packet, meta.ingress, port, limit, request),
+                }
             }
-            Err(reason) => {
-                let again = |egress: &mut Self, part: Packet, meta: &Meta| egress.local(part, meta, port, rewrite);
-                self.refuse(packet, meta, reason, info.mtu, again);
-            }
+            Err(reason) => self.refuse_local(packet, meta, port, reason, rewrite),
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn refuse_local(
+        &mut self,
+        packet: Packet,
+        meta: &Meta,
+        port: PortId,
+        reason: DropReason,
+        rewrite: Option<Rewrite>,
+    ) {
+        let mtu = self.snapshot.port(port).map_or(0, |port| port.mtu);
+        let again = |egress: &mut Self, part: Packet, meta: &Meta| egress.local(part, meta, port, rewrite);
+        self.refuse(packet, meta, reason, mtu, again);
     }
 
     /// Through VXLAN to a peer, or straight to it.
@@ -161,6 +175,13 @@ impl<P: PortIo> Egress<'_, P> {
         for &mirror in snapshot.port(meta.ingress).map_or(&[][..], |port| &port.mirrors_from) {
             self.mirror(packet, meta, mirror, meta.l4);
         }
+    }
+
+    /// Copies of what a port is sent, as it gets it.
+    #[cold]
+    #[inline(never)]
+    fn mirror_to(&mut self, packet: &Packet, meta: &Meta, mirrors: &[Mirror], l4: u16) {
+        mirrors.iter().for_each(|&mirror| self.mirror(packet, meta, mirror, l4));
     }
 
     /// A copy to one who gets it. It keeps no order with the packet itself, and is lost before it is.
@@ -315,16 +336,9 @@ impl<P: PortIo> Egress<'_, P> {
     }
 
     /// Out of a port here, when its rate allows.
-    #[inline]
-    fn shape(
-        &mut self,
-        packet: Packet,
-        ingress: PortId,
-        port: PortId,
-        limit: Option<&Bucket>,
-        request: Option<TxChecksum>,
-    ) {
-        let (Some(limit), Some(queue)) = (limit, self.scratch.to.get_mut(port.index())) else {
+    #[inline(never)]
+    fn shape(&mut self, packet: Packet, ingress: PortId, port: PortId, limit: &Bucket, request: Option<TxChecksum>) {
+        let Some(queue) = self.scratch.to.get_mut(port.index()) else {
             return self.send(packet, ingress, port, request);
         };
         match queue.offer(self.now_ns, limit, may_wait(self.umem), Held { packet, request, ingress }) {
