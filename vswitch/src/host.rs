@@ -66,7 +66,8 @@ impl HostLink {
             mac,
             done: HostPlan::default(),
             routes: BTreeSet::new(),
-            rules: None,
+            // An earlier daemon's, which are replaced by this one's or removed.
+            rules: has_rules().then(String::new),
             failure: None,
             is_down: false,
             looked_ns: 0,
