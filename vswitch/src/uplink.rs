@@ -207,7 +207,8 @@ fn update(change: &Change<'_>, config: &Uplink, control: &mut Control, links: &m
         is_stacked(link).then(|| format!("a {} link: always copy mode", link.kind.as_deref().unwrap_or_default()));
     let refused = attached.zero_copy_refusal.as_ref().map(|error| format!("zero copy refused: {error}"));
     let standing: Vec<String> = renamed.into_iter().chain(foreign).chain(stacked).chain(refused).collect();
-    let before = known.as_ref().and_then(|known| known.note.clone()).filter(|note| !is_standing(note));
+    let before = known.as_ref().and_then(|known| known.note.as_deref());
+    let before = before.and_then(|note| note.split("; ").find(|part| !is_standing(part)).map(str::to_owned));
     let last = notes.pop().or(before);
     let note: Vec<String> = standing.into_iter().chain(last).collect();
     control.set_uplink(
