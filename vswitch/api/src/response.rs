@@ -214,7 +214,7 @@ pub struct PortInfo {
     pub netns: Option<String>,
     /// Labels.
     pub labels: BTreeMap<String, String>,
-    /// Stations that were not learned because the port had too many.
+    /// Stations that were not learned because the port, or its network, had too many.
     #[serde(default)]
     pub stations_refused: u64,
     /// Memberships of multicast groups that were not taken because the port had too many.

@@ -41,7 +41,7 @@ pub(crate) enum Change {
     },
     /// A known station at a new place.
     Moved,
-    /// The place has as many as it may.
+    /// The place has as many as it may, or the most of a network that is full.
     Refused,
 }
 
@@ -90,7 +90,7 @@ impl Learned {
         }
         let mut evicted = None;
         if self.totals.get(&network).is_some_and(|&total| total >= self.limit) {
-            let Some(victim) = self.victim(network, location) else { return Change::None };
+            let Some(victim) = self.victim(network, location) else { return Change::Refused };
             self.forget(network, victim);
             evicted = Some(victim);
         }
