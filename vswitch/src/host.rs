@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -37,6 +37,8 @@ pub(crate) struct HostLink {
     routes: BTreeSet<(u32, HostRoute)>,
     /// The rules of our table that the kernel has.
     rules: Option<String>,
+    /// What these rules do with UDP.
+    udp: BTreeSet<(u16, SocketAddr)>,
     /// What of the plan could not be done; none if all was.
     failure: Option<String>,
     is_down: bool,
@@ -68,6 +70,7 @@ impl HostLink {
             routes: BTreeSet::new(),
             // An earlier daemon's, which are replaced by this one's or removed.
             rules: has_rules().then(String::new),
+            udp: BTreeSet::new(),
             failure: None,
             is_down: false,
             looked_ns: 0,
@@ -126,7 +129,7 @@ impl HostLink {
         let steps = [
             self.set_addresses(kernel, &plan).await,
             self.set_routes(kernel, &plan).await,
-            self.set_rules(kernel, &plan),
+            self.set_rules(kernel, &plan).await,
         ];
         let failures: Vec<String> =
             steps.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
@@ -155,6 +158,7 @@ impl HostLink {
         if self.rules.is_some() && !has_rules() {
             warn!("the table inet vswitch was removed by somebody: it is made again");
             self.rules = None;
+            self.udp.clear();
             self.done = HostPlan::default();
         }
         for &(table, route) in &self.routes {
@@ -206,7 +210,7 @@ impl HostLink {
         Ok(())
     }
 
-    fn set_rules(&mut self, kernel: &Kernel, plan: &HostPlan) -> anyhow::Result<()> {
+    async fn set_rules(&mut self, kernel: &Kernel, plan: &HostPlan) -> anyhow::Result<()> {
         if plan.rules == self.rules {
             return Ok(());
         }
@@ -215,6 +219,9 @@ impl HostLink {
         }
         replace_rules(plan.rules.as_deref())?;
         self.rules = plan.rules.clone();
+        let changed = self.udp.symmetric_difference(&plan.udp).map(|&(port, _)| port).collect();
+        self.udp = plan.udp.clone();
+        forget_udp_flows(kernel, &changed).await;
         Ok(())
     }
 
@@ -225,6 +232,7 @@ impl HostLink {
         {
             warn!("the table inet vswitch stays: {error:#}");
         }
+        forget_udp_flows(kernel, &self.udp.iter().map(|&(port, _)| port).collect()).await;
         if let Err(error) = kernel.delete_link(&self.config.link).await {
             warn!("link {} stays: {error}", self.config.link);
         }
@@ -272,6 +280,13 @@ fn note_settings() -> String {
 fn restore_settings(note: &str) {
     for (path, value) in note.lines().filter_map(|line| line.split_once(' ')) {
         let _ = fs::write(path, value);
+    }
+}
+
+/// Flows that are there already do not ask the rules.
+async fn forget_udp_flows(kernel: &Kernel, ports: &BTreeSet<u16>) {
+    if let Err(error) = kernel.forget_udp_flows(ports).await {
+        warn!("{error}: UDP to ports {ports:?} that comes already goes on as it did, until it pauses");
     }
 }
 

@@ -188,6 +188,58 @@ fn ports_of_the_host_lead_to_pods() {
     lab::wait_for(5, || !node.run(5, &["nft", "list", "table", "inet", "vswitch"]).unwrap().contains("8080")).unwrap();
 }
 
+/// The kernel asks its rules for the first packet of a flow alone, and one of UDP that never pauses never ends.
+#[test]
+fn udp_that_never_pauses_follows_a_mapped_port() {
+    let Some(mut bench) = bench("udpport") else { return };
+    let World { node, internet, mut daemon, .. } = world(&mut bench, CONFIG);
+    let lab = &mut bench.lab;
+    // Answers with its name.
+    let server = "import socket, sys
+s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM); s.bind(('::', int(sys.argv[1])))
+while True: s.sendto(sys.argv[2].encode(), s.recvfrom(99)[1])";
+    // Two sockets, one a family, that send ten times a second; who answers them is noted.
+    let client = "import pathlib, socket, sys, time
+ends = []
+for to in (('192.0.2.1', 5353), ('2001:db8::1', 5353)):
+    s = socket.socket(socket.AF_INET if '.' in to[0] else socket.AF_INET6, socket.SOCK_DGRAM)
+    s.settimeout(.1); ends.append((s, to))
+while True:
+    heard = []
+    for s, to in ends:
+        try: s.sendto(b'who', to); heard.append(s.recv(99).decode())
+        except OSError: heard.append('nobody')
+    pathlib.Path(sys.argv[1]).write_text(' '.join(heard)); time.sleep(.05)";
+    lab.spawn(&node, &["/usr/bin/python3", "-c", server, "5353", "node"]).unwrap();
+    let heard = lab.file("heard", "").unwrap();
+    lab.spawn(&internet, &["/usr/bin/python3", "-c", client, &heard]).unwrap();
+    let answers = |who: &str| {
+        let both = format!("{who} {who}");
+        lab::wait_for(5, || std::fs::read_to_string(&heard).unwrap() == both)
+            .unwrap_or_else(|_| panic!("{} instead of {both}", std::fs::read_to_string(&heard).unwrap()));
+    };
+    answers("node");
+    let mut netconf = daemon.netconf(&conflist());
+    netconf["runtimeConfig"] = json!({"portMappings": [{"hostPort": 5353, "containerPort": 53, "protocol": "udp"}]});
+    for name in ["one", "two", "three"] {
+        let pod = lab.namespace(name).unwrap();
+        lab.spawn(&pod, &["/usr/bin/python3", "-c", server, "53", name]).unwrap();
+        let path = pod.path();
+        let environment = [("CNI_CONTAINERID", name), ("CNI_NETNS", path.as_str()), ("CNI_IFNAME", "eth0")];
+        let added = daemon.cni("ADD", &environment, &netconf).unwrap();
+        assert!(added.is_ok, "{}", added.json);
+        answers(name);
+        if name != "three" {
+            assert!(daemon.cni("DEL", &environment, &netconf).unwrap().is_ok);
+        }
+        if name == "two" {
+            answers("node");
+        }
+    }
+    assert!(daemon.stop());
+    answers("node");
+}
+
 #[test]
 fn rates_of_the_bandwidth_capability_hold() {
     let Some(mut bench) = bench("rate") else { return };

@@ -4,11 +4,12 @@
 //! port of the switch. Kubelet's probes, services of the host, and everything outside the cluster pass through it. What
 //! control wants of the kernel is a [`HostPlan`]; the daemon carries it out, and takes it back when it ends.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use vswitch_api::{ApiError, PortMapping, PortSpec};
+use vswitch_api::{ApiError, PortMapping, PortSpec, Protocol};
 use vswitch_net::MacAddr;
 
 use crate::Control;
@@ -44,6 +45,8 @@ pub struct HostPlan {
     pub remote: Vec<(IpNet, u32)>,
     /// The rules of the table `inet vswitch`, for `nft -f`; none if there are none.
     pub rules: Option<String>,
+    /// Ports of the host whose UDP these rules lead to pods, and where to.
+    pub udp: BTreeSet<(u16, SocketAddr)>,
 }
 
 impl Control {
@@ -60,6 +63,7 @@ impl Control {
             ranges: ranges.clone(),
             remote: remote.collect(),
             rules: self.rules(network, link),
+            udp: self.udp_mappings(network),
         })
     }
 
@@ -159,16 +163,24 @@ impl Control {
     }
 
     fn mapping_rules(&self, network: &NetworkEntry) -> String {
-        let mut rules = String::new();
-        for port in self.desired.ports.values().filter(|port| port.network == network.index) {
-            let spec = &port.record.spec;
-            for mapping in &spec.port_mappings {
-                for &address in &spec.addresses {
-                    rules.push_str(&mapping_rule(mapping, address));
-                }
-            }
-        }
-        rules
+        self.mappings(network).map(|(mapping, address)| mapping_rule(mapping, address)).collect()
+    }
+
+    fn udp_mappings(&self, network: &NetworkEntry) -> BTreeSet<(u16, SocketAddr)> {
+        self.mappings(network)
+            .filter(|(mapping, _)| mapping.protocol == Protocol::Udp)
+            .map(|(mapping, address)| (mapping.host_port, SocketAddr::new(address, mapping.container_port)))
+            .collect()
+    }
+
+    /// Ports of the host that lead to pods of a network, and the pods' addresses.
+    fn mappings(&self, network: &NetworkEntry) -> impl Iterator<Item = (&PortMapping, IpAddr)> {
+        let index = network.index;
+        let specs = self.desired.ports.values().filter(move |port| port.network == index).map(|port| &port.record.spec);
+        specs.flat_map(|spec| {
+            let of_pod = |mapping| spec.addresses.iter().map(move |&address| (mapping, address));
+            spec.port_mappings.iter().flat_map(of_pod)
+        })
     }
 }
 

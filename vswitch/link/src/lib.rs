@@ -4,6 +4,7 @@
 //! make a pod's interface. Nothing here touches a link, an address or a route that it did not make.
 #![forbid(unsafe_code)]
 
+mod conntrack;
 mod ethtool;
 mod follow;
 mod host;
