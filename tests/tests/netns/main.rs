@@ -19,6 +19,7 @@ mod load;
 mod nfv;
 mod outside;
 mod podman;
+mod ports;
 mod restart;
 mod scale;
 mod throughput;
