@@ -150,3 +150,33 @@ fn a_check_of_macs_at_least_weakens_no_network() {
         switch.take(receiver.id);
     }
 }
+
+/// In a bridged network neighbours speak link-local, and report about it.
+#[test]
+fn an_error_about_a_link_local_packet_is_believed_of_its_receiver() {
+    let mut switch = Switch::new();
+    let network = r#"{"op":"network_add","name":"lan","vni":9,"mode":"bridged","subnets":["fd09::/64"]}"#;
+    switch.ask_json(network).unwrap();
+    let [one, two] = [1, 2]
+        .map(|number: u8| switch.add_port(&format!("p{number}"), "lan", mac(number), &[&format!("fd09::{number}")]).id);
+    switch.settle();
+    let local = |mac: vswitch_net::MacAddr| -> [u8; 16] {
+        let [a, b, c, d, e, f] = mac.0;
+        [0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f]
+    };
+    let unreachable = |sent_to: [u8; 16]| {
+        let (mut quote, mut frame) = (Vec::new(), Vec::new());
+        PacketBuilder::ipv6(local(mac(1)), sent_to, 64).udp(5, 6).write(&mut quote, b"hello").unwrap();
+        let code = etherparse::icmpv6::DestUnreachableCode::Port;
+        PacketBuilder::ethernet2(mac(2).0, mac(1).0)
+            .ipv6(local(mac(2)), local(mac(1)), 64)
+            .icmpv6(etherparse::Icmpv6Type::DestinationUnreachable(code))
+            .write(&mut frame, &quote)
+            .unwrap();
+        frame
+    };
+    switch.take(one);
+    assert_eq!(switch.drop_of(two, &unreachable(local(mac(2)))), None);
+    assert_eq!(switch.take(one).len(), 1);
+    assert_eq!(switch.drop_of(two, &unreachable(local(mac(3)))), Some(DropReason::ForgedError));
+}

@@ -132,3 +132,82 @@ fn a_mirror_waits_for_its_ports() {
     assert_eq!(reason, Some(DropReason::SamePort));
     assert_eq!(next.take(two).len(), 1, "the mirror's copy");
 }
+
+#[test]
+fn nobody_inherits_a_mirror_by_its_links_name() {
+    let (mut switch, _, _) = lan();
+    switch.ask_json(r#"{"op":"mirror_add","name":"m","ports":["p1"],"to":{"port":"p2"}}"#).unwrap();
+    let state = switch.control.state("boot");
+    let mirrors = |switch: &Switch| switch.control.state("boot").mirrors.len();
+    for broken in ["p1", "p2"] {
+        // The link is gone for good, while the daemon was away or while the port waited.
+        let mut gone = state.clone();
+        gone.ports.retain(|port| port.spec.link != broken);
+        let mut next = Switch::new();
+        assert_eq!(next.control.restore(gone, &mut next.backend), ["mirror \"m\": its ports are gone"]);
+        assert_eq!(mirrors(&next), 0);
+        let mut next = Switch::new();
+        next.backend.broken.push(broken.to_owned());
+        next.control.restore(state.clone(), &mut next.backend);
+        assert_eq!(mirrors(&next), 1);
+        next.control.adopt_waiting(|link| link != broken, &mut next.backend);
+        assert_eq!((mirrors(&next), next.control.waiting()), (0, 0));
+    }
+}
+
+#[test]
+fn stations_wait_with_their_port() {
+    let (mut switch, _, _) = lan();
+    switch.ask_json(r#"{"op":"fdb_add","network":"lan","mac":"02:00:00:00:00:77","at":{"port":"p1"}}"#).unwrap();
+    let state = switch.control.state("boot");
+    let mut next = Switch::new().with_uplink(WIRE_MACS[0], Some("192.0.2.1"), None, 1500);
+    next.backend.broken.push("p1".to_owned());
+    assert_eq!(next.control.restore(state.clone(), &mut next.backend), ["port of link p1: no link p1"]);
+    assert_eq!(next.control.state("boot").stations, state.stations, "another restart knows it");
+    next.backend.broken.clear();
+    next.control.adopt_waiting(|_| true, &mut next.backend);
+    assert_eq!(next.control.state("boot").stations, state.stations);
+    next.settle();
+    let [one, two] = ["p1", "p2"].map(|link| next.control.links().find(|(_, other)| *other == link).unwrap().0);
+    for port in [one, two] {
+        next.take(port);
+    }
+    let to = MacAddr([2, 0, 0, 0, 0, 0x77]);
+    next.send(two, &frames::udp(Ends { from: mac(2), to }, "10.9.0.2", "10.9.0.77", b"x"));
+    next.settle();
+    assert_eq!(next.take(one).len(), 1);
+}
+
+#[test]
+fn a_peer_of_the_kernels_takes_what_was_seen_behind_it_along() {
+    let (mut switch, network, [one, two]) = lan();
+    let other = MacAddr([2, 0, 0, 9, 9, 8]);
+    let spoken = frames::udp(Ends { from: other, to: mac(1) }, "10.9.0.98", "10.9.0.1", b"x");
+    switch.send(UPLINK_PORT, &bad_input::outer("192.0.2.2", "192.0.2.1", 4789, 9, &spoken));
+    switch.settle();
+    switch.take(one);
+    assert_eq!(goes(&mut switch, one, other, two), (1, 0));
+    switch.control.follow_station(network, FOLLOWED, None);
+    switch.control.follow_flood(network, "192.0.2.2".parse().unwrap(), false);
+    switch.control.forget_unused_peers();
+    switch.settle();
+    assert_eq!(goes(&mut switch, one, other, two), (0, 1), "flooded, until it speaks again");
+}
+
+#[test]
+fn what_comes_to_lead_to_this_node_leads_nowhere_else() {
+    let (mut switch, network, [one, two]) = lan();
+    switch.control.follow_station(network, FOLLOWED, "192.0.2.1".parse().ok());
+    switch.settle();
+    assert_eq!(goes(&mut switch, one, FOLLOWED, two), (1, 1), "flooded");
+    let mut switch = Switch::new();
+    switch.control = Control::new(ControlConfig { host_network: Some("pods".to_owned()), ..ControlConfig::default() });
+    let network = r#"{"op":"network_add","name":"pods","vni":7,"subnets":["10.0.0.0/8"],"ranges":["10.1.0.0/24"]}"#;
+    switch.ask_json(network).unwrap();
+    let mut switch = switch.with_uplink(mac(200), Some("192.0.2.1"), None, 1500);
+    let prefix = "10.9.0.0/24".parse().unwrap();
+    assert!(switch.control.import_route(prefix, "192.0.2.9".parse().ok()));
+    switch.control.import_route(prefix, "192.0.2.1".parse().ok());
+    let Ok(Answer::Routes { routes }) = switch.ask_json(r#"{"op":"route_list"}"#) else { panic!() };
+    assert!(!routes.iter().any(|route| route.is_imported), "{routes:?}");
+}

@@ -238,7 +238,7 @@ impl Control {
     }
 
     /// Takes a peer away, with what was heard from it.
-    fn forget_peer(&mut self, index: PeerIndex) {
+    pub(crate) fn forget_peer(&mut self, index: PeerIndex) {
         let groups = self.groups.forget_location(Location::Peer(index));
         self.set_groups(groups);
         let stations = self.learned.forget_location(Location::Peer(index));

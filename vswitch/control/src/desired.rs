@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use vswitch_api::{ApiError, ErrorCode, FdbTarget, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec};
+use vswitch_api::{ApiError, ErrorCode, FdbSpec, FdbTarget, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec};
 use vswitch_dataplane::{Limits, Location, Storm};
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 
@@ -40,6 +40,8 @@ pub(crate) struct Desired {
     pub(crate) cursors: BTreeMap<(String, IpNet), u128>,
     /// Ports of a former daemon that could not be adopted yet. Their addresses stay theirs.
     pub(crate) waiting: Vec<PortRecord>,
+    /// Stations that were asked for at those ports.
+    pub(crate) waiting_stations: Vec<FdbSpec>,
     last_port: u16,
     last_network: u16,
     last_peer: u16,
@@ -197,6 +199,16 @@ impl Desired {
             }
     }
 
+    /// Forgets what only makes sense with a port: mirrors to it and of it, and what waits with it.
+    pub(crate) fn forget_link(&mut self, link: &str) {
+        let at = FdbTarget::Port(link.to_owned());
+        self.mirrors.retain(|_, mirror| {
+            mirror.ports.retain(|other| other != link);
+            !mirror.ports.is_empty() && mirror.to != at
+        });
+        self.waiting_stations.retain(|station| station.at != at);
+    }
+
     pub(crate) fn free_port(&mut self) -> Option<PortId> {
         let waiting = self.waiting.iter().map(|record| record.id.0);
         let used: BTreeSet<u16> = self.ports.keys().map(|id| id.0).chain(waiting).chain(0..=HOST_PORT.0).collect();
@@ -249,13 +261,16 @@ impl Desired {
                 })
             }),
             stations: values(self.stations.iter(), |((network, mac), entry)| {
-                (!entry.is_configured).then(|| vswitch_api::FdbSpec {
+                (!entry.is_configured).then(|| FdbSpec {
                     network: self.network_name(*network),
                     mac: *mac,
                     at: entry.at.clone(),
                     addresses: entry.addresses.clone(),
                 })
-            }),
+            })
+            .into_iter()
+            .chain(self.waiting_stations.iter().cloned())
+            .collect(),
             ports: self.ports.values().map(|entry| &entry.record).chain(&self.waiting).cloned().collect(),
             mirrors: self.mirrors.values().cloned().collect(),
             cursors: self

@@ -74,9 +74,8 @@ impl Control {
         if !self.desired.is_bridged(network) || mac.is_multicast() || mac.is_zero() {
             return;
         }
-        if vtep.is_some_and(|vtep| self.imported_peer(vtep).is_none()) {
-            return;
-        }
+        // One behind a VTEP that can be no peer, as this node itself, is not there, and no more where it was.
+        let vtep = vtep.filter(|&vtep| self.imported_peer(vtep).is_some());
         let before = self.desired.followed.entry(network).or_default().replace(mac, vtep);
         if vtep.is_some() {
             self.learned.forget(network, mac);

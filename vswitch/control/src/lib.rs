@@ -330,11 +330,7 @@ impl Control {
 
     /// Tries again to adopt ports that [`restore`](Self::restore) could not. Those whose links are gone are forgotten.
     pub fn adopt_waiting(&mut self, link_exists: impl Fn(&str) -> bool, backend: &mut dyn Backend) {
-        for record in std::mem::take(&mut self.desired.waiting) {
-            if link_exists(&record.spec.link) && state::adopt(self, record.clone(), backend).is_err() {
-                self.desired.waiting.push(record);
-            }
-        }
+        state::adopt_waiting(self, link_exists, backend);
     }
 
     /// Ports that wait to be adopted.

@@ -206,8 +206,15 @@ impl Control {
         for id in ids {
             self.remove_port(id, backend);
         }
-        self.desired.waiting.retain(|record| !goes(record));
+        self.forget_waiting(|record| goes(record));
         Answer::Ports { ports }
+    }
+
+    /// Forgets ports that wait to be adopted. Their links' names may come again, and be others' then.
+    pub(crate) fn forget_waiting(&mut self, goes: impl Fn(&PortRecord) -> bool) {
+        let (gone, kept) = std::mem::take(&mut self.desired.waiting).into_iter().partition(|record| goes(record));
+        self.desired.waiting = kept;
+        gone.iter().for_each(|record: &PortRecord| self.desired.forget_link(&record.spec.link));
     }
 
     fn remove_port(&mut self, id: PortId, backend: &mut dyn Backend) {
@@ -220,10 +227,7 @@ impl Control {
         }
         self.desired.refused.remove(&id);
         let link = &port.record.spec.link;
-        self.desired.mirrors.retain(|_, mirror| {
-            mirror.ports.retain(|other| other != link);
-            !mirror.ports.is_empty() && mirror.to != FdbTarget::Port(link.clone())
-        });
+        self.desired.forget_link(link);
         let groups = self.groups.forget_location(Location::Port(id));
         self.set_groups(groups);
         let mut stations = self.learned.forget_location(Location::Port(id));

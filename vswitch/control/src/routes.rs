@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use vswitch_api::{Encap, NetworkMode, NetworkSpec, PeerSpec};
 use vswitch_dataplane::table::route::NextHop;
-use vswitch_net::NetworkIndex;
+use vswitch_net::{NetworkIndex, PeerIndex};
 
 use crate::desired::{NetworkEntry, PeerEntry};
 use crate::{Control, Dirty, HOST_PORT, ipam};
@@ -97,7 +97,7 @@ impl Control {
     /// Takes note of a route of the kernel's: to a gateway, or gone. Only the host's network takes part, and only with
     /// prefixes that are the cluster's: inside its subnets if it has any, and never the default route.
     ///
-    /// True if it is one that the switch follows.
+    /// True if the switch has the route now, or had it.
     pub fn import_route(&mut self, prefix: IpNet, gateway: Option<IpAddr>) -> bool {
         let Some(network) = self.host_network() else { return false };
         let (index, spec) = (network.index, &network.spec);
@@ -107,10 +107,13 @@ impl Control {
             return false;
         }
         let key = (index, prefix);
-        if self.desired.imported.get(&key).copied() == gateway {
+        let before = self.desired.imported.get(&key).copied();
+        if before == gateway {
             return gateway.is_some();
         }
-        if gateway.is_some_and(|gateway| self.imported_peer(gateway).is_none()) {
+        // A gateway that can be no peer, as this node itself, is none; what the prefix had before is gone all the same.
+        let gateway = gateway.filter(|&gateway| self.imported_peer(gateway).is_some());
+        if before.is_none() && gateway.is_none() {
             return false;
         }
         self.forget_import(key);
@@ -135,20 +138,14 @@ impl Control {
 
     /// Removes the peers that imports made and no route leads to any more. Call it after a batch of imports.
     pub fn forget_unused_peers(&mut self) {
-        let unused: Vec<String> = self
-            .desired
-            .peers
-            .iter()
-            .filter(|(_, peer)| peer.is_imported && !self.is_used(peer))
-            .map(|(name, _)| name.clone())
-            .collect();
-        for name in unused {
-            if let Some(peer) = self.desired.remove_peer(&name) {
-                for vtep in peer.spec.vteps() {
-                    self.underlay.next_hops.remove(&vtep);
-                }
-                self.mark(Dirty::Change);
+        let unused = self.desired.peers.values().filter(|peer| peer.is_imported && !self.is_used(peer));
+        let unused: Vec<(PeerIndex, PeerSpec)> = unused.map(|peer| (peer.index, peer.spec.clone())).collect();
+        for (index, spec) in unused {
+            self.forget_peer(index);
+            for vtep in spec.vteps() {
+                self.underlay.next_hops.remove(&vtep);
             }
+            self.mark(Dirty::Change);
         }
     }
 
@@ -160,7 +157,7 @@ impl Control {
     }
 
     /// The peer behind a gateway: one that was asked for, or one made now.
-    pub(crate) fn imported_peer(&mut self, vtep: IpAddr) -> Option<vswitch_net::PeerIndex> {
+    pub(crate) fn imported_peer(&mut self, vtep: IpAddr) -> Option<PeerIndex> {
         if let Some(&peer) = self.desired.by_vtep.get(&vtep) {
             return Some(peer);
         }

@@ -5,11 +5,12 @@
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use vswitch_api::{FdbSpec, MirrorSpec, NetworkSpec, PeerSpec, PortSpec, Request, RouteSpec};
+use vswitch_api::{FdbSpec, FdbTarget, MirrorSpec, NetworkSpec, PeerSpec, PortSpec, Request, RouteSpec};
 use vswitch_net::PortId;
 
 use crate::Control;
 use crate::backend::Backend;
+use crate::desired::Desired;
 
 /// A port as it was plugged in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,14 +66,50 @@ pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Bac
             control.desired.waiting.push(record);
         }
     }
+    let waits = |desired: &Desired, link: &str| desired.waiting.iter().any(|record| record.spec.link == link);
     for station in stations {
+        if let FdbTarget::Port(link) = &station.at
+            && waits(&control.desired, link)
+        {
+            control.desired.waiting_stations.push(station);
+            continue;
+        }
         if let Err(error) = control.apply(Request::FdbAdd(station), backend) {
             lost.push(error.message);
         }
     }
-    // A mirror waits, like the ports that it names.
-    control.desired.mirrors.extend(mirrors.into_iter().map(|mirror| (mirror.name.clone(), mirror)));
+    // A mirror waits, like the ports that it names; one whose ports are gone would wait for others of the same names.
+    let is_there = |desired: &Desired, link: &str| desired.port_of_link(link).is_some() || waits(desired, link);
+    for mut mirror in mirrors {
+        mirror.ports.retain(|link| is_there(&control.desired, link));
+        let has_end = if let FdbTarget::Port(link) = &mirror.to { is_there(&control.desired, link) } else { true };
+        if mirror.ports.is_empty() || !has_end {
+            lost.push(format!("mirror \"{}\": its ports are gone", mirror.name));
+        } else {
+            control.desired.mirrors.insert(mirror.name.clone(), mirror);
+        }
+    }
     lost
+}
+
+/// Tries again to adopt ports that wait, with the stations that were asked for at them. Those whose links are gone are
+/// forgotten.
+pub(crate) fn adopt_waiting(control: &mut Control, link_exists: impl Fn(&str) -> bool, backend: &mut dyn Backend) {
+    control.forget_waiting(|record| !link_exists(&record.spec.link));
+    for record in std::mem::take(&mut control.desired.waiting) {
+        let at = FdbTarget::Port(record.spec.link.clone());
+        if adopt(control, record.clone(), backend).is_err() {
+            control.desired.waiting.push(record);
+            continue;
+        }
+        let (own, others): (Vec<FdbSpec>, Vec<FdbSpec>) =
+            std::mem::take(&mut control.desired.waiting_stations).into_iter().partition(|station| station.at == at);
+        control.desired.waiting_stations = others;
+        for station in own {
+            // One that was asked for again meanwhile is there already.
+            let _ = control.apply(Request::FdbAdd(station), backend);
+        }
+    }
 }
 
 /// Makes a port again of its record.

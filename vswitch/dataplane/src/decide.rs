@@ -165,7 +165,7 @@ fn route(
     if stays_on_link(source) || stays_on_link(destination) {
         return Err(DropReason::LinkLocal);
     }
-    if icmp::is_error(meta) && !icmp::quotes(meta, head, None) {
+    if icmp::is_error(meta) && !icmp::quotes(meta, head, |_| true) {
         return Err(DropReason::ForgedError);
     }
     let next_hop = snapshot.routes.lookup(meta.network, destination);
@@ -250,21 +250,20 @@ fn check_sender(
             let (source, _) = meta.addresses().ok_or(DropReason::NotIp)?;
             // A host may speak from its link-local address, and from none before it has one (RFC 4862 section 5.4). A
             // routed network takes neither further, so there it may be any.
-            let is_local = match source {
+            let is_local = |address: IpAddr| match address {
                 IpAddr::V4(_) => false,
-                IpAddr::V6(v6) if network.mode == NetworkMode::Bridged => {
-                    v6.is_unspecified() || v6 == link_local(access.mac)
-                }
-                IpAddr::V6(v6) => v6.is_unspecified() || v6.is_unicast_link_local(),
+                IpAddr::V6(v6) if network.mode == NetworkMode::Bridged => v6 == link_local(access.mac),
+                IpAddr::V6(v6) => v6.is_unicast_link_local(),
             };
-            if !is_local && !owns(source) {
+            let is_none_yet = meta.kind == Kind::V6 && source.is_unspecified();
+            if !is_none_yet && !is_local(source) && !owns(source) {
                 return Err(DropReason::SpoofedAddress);
             }
             if is_discovery(meta) {
                 check_discovery(meta, head, access)?;
             }
             // Somebody who forwards for nobody can only report about what was sent to it.
-            if icmp::is_error(meta) && !icmp::quotes(meta, head, Some(&access.addresses)) {
+            if icmp::is_error(meta) && !icmp::quotes(meta, head, |to| owns(to) || is_local(to)) {
                 return Err(DropReason::ForgedError);
             }
             Ok(())

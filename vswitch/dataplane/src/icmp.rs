@@ -136,9 +136,9 @@ pub(crate) fn is_fragment(meta: &Meta) -> bool {
     meta.fragment.is_some() && (meta.protocol == ICMP || meta.protocol == ICMPV6)
 }
 
-/// True if an error quotes a packet that its receiver may have sent: one with the receiver as source and, if the
-/// addresses of who reports are given, one of those as destination.
-pub(crate) fn quotes(meta: &Meta, head: &[u8], reporter: Option<&[IpAddr]>) -> bool {
+/// True if an error quotes a packet that its receiver may have sent: one with the receiver as source, and a destination
+/// that who reports may have.
+pub(crate) fn quotes(meta: &Meta, head: &[u8], may_have: impl Fn(IpAddr) -> bool) -> bool {
     let quote = usize::from(meta.l4) + HEADER;
     let quoted: Option<(IpAddr, IpAddr)> = match meta.kind {
         Kind::V4 => u32_at(head, quote + 12).and_then(|from| Ok((v4(from), v4(u32_at(head, quote + 16)?)))).ok(),
@@ -146,9 +146,7 @@ pub(crate) fn quotes(meta: &Meta, head: &[u8], reporter: Option<&[IpAddr]>) -> b
         Kind::Arp | Kind::Other => None,
     };
     match (quoted, meta.addresses()) {
-        (Some((from, to)), Some((_, receiver))) => {
-            from == receiver && reporter.is_none_or(|addresses| addresses.contains(&to))
-        }
+        (Some((from, to)), Some((_, receiver))) => from == receiver && may_have(to),
         _ => false,
     }
 }

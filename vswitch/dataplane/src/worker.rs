@@ -228,7 +228,9 @@ impl<P: PortIo> Worker<P> {
         let Worker { umem, ports, counters, scratch, config, .. } = self;
         let ingress = from.unwrap_or(OWN);
         let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns };
-        let (Some(packet), Some(info)) = (out.umem.packet_from(bytes), snapshot.network(network)) else { return };
+        // A frame that is taken must be sent or dropped.
+        let Some(info) = snapshot.network(network) else { return };
+        let Some(packet) = out.umem.packet_from(bytes) else { return };
         count_received(out.counters, ingress, std::slice::from_ref(&packet));
         match parse_own(&packet, ingress, network, snapshot, config.seed) {
             Ok(meta) if from.is_some() => out.flood(packet, &meta, info),
