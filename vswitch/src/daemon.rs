@@ -24,8 +24,8 @@ use vswitch_net::PortId;
 
 use crate::backend::Links;
 use crate::config::{Config, Poll};
-use crate::follow::Followed;
-use crate::host::HostLink;
+use crate::follow::{self, Followed};
+use crate::host::{self, HostLink};
 use crate::store::Store;
 use crate::worker::{Setup, Shared, WorkerHandle, choose_cores};
 use crate::{server, uplink};
@@ -74,9 +74,21 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let (daemon, events, news) = Daemon::start(config, store)?;
     let daemon = Rc::new(daemon);
     daemon.configure()?;
+    // A daemon that crashed could not.
+    daemon.leave_host().await;
+    let ended = live(&daemon, watch, events, news).await;
+    daemon.leave_host().await;
+    ended
+}
+
+/// From the first link to the signal that ends it.
+async fn live(daemon: &Rc<Daemon>, watch: Watch, events: Receiver<Event>, news: Arc<Notify>) -> anyhow::Result<()> {
+    if let Some(network) = &daemon.config.host.network {
+        daemon.attach_host().await.with_context(|| format!("the host cannot be joined to network \"{network}\""))?;
+    }
     daemon.attach_uplinks().await?;
-    daemon.attach_host().await?;
     daemon.restore();
+    follow::take_back(&daemon.kernel, &daemon.control).await;
     daemon.publish();
     daemon.carry_out().await;
     let socket = daemon.config.socket();
@@ -93,7 +105,6 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     info!("stopping; pods keep their links and addresses");
     let _ = std::fs::remove_file(&socket);
     daemon.save();
-    daemon.leave_host().await;
     Ok(())
 }
 
@@ -211,17 +222,14 @@ impl Daemon {
         Ok(())
     }
 
-    /// Makes the port into the host's stack, if the configuration asks for one.
+    /// Makes the port into the host's stack.
     async fn attach_host(&self) -> anyhow::Result<()> {
-        if self.config.host.network.is_none() {
-            return Ok(());
-        }
         let (host, runtime_dir) = (&self.config.host, &self.config.daemon.runtime_dir);
         let link = HostLink::create(&self.kernel, host, runtime_dir, self.config.worker.count as u32).await?;
         let attached =
             self.links.borrow_mut().attach(HOST_PORT, &host.switch_link()).map_err(|error| anyhow!(error))?;
         info!("host port {} attached: xdp {}", host.link, attached.xdp_mode);
-        self.control.borrow_mut().set_host(Some(HostState {
+        self.control.borrow_mut().set_host(Ok(HostState {
             link: host.link.clone(),
             mac: link.mac,
             attached,
@@ -242,7 +250,7 @@ impl Daemon {
         self.write_subnet_env();
         let known = self.control.borrow().host().cloned();
         if let Some(known) = known {
-            self.control.borrow_mut().set_host(Some(HostState { problem: host.problem(), ..known }));
+            self.control.borrow_mut().set_host(Ok(HostState { problem: host.problem(), ..known }));
         }
     }
 
@@ -263,10 +271,11 @@ impl Daemon {
     async fn leave_host(&self) {
         self.followed.lock().await.remove(&self.kernel).await;
         let host = self.host.lock().await.take();
-        if let Some(host) = host {
+        if host.is_some() {
             self.links.borrow_mut().detach(HOST_PORT);
-            host.remove(&self.kernel).await;
         }
+        let udp_ports = host.map(|host| host.udp_ports()).unwrap_or_default();
+        host::take_back(&self.kernel, &self.config.daemon.runtime_dir, &udp_ports).await;
     }
 
     /// Adopts the ports of the last daemon.
@@ -280,10 +289,6 @@ impl Daemon {
         let lost = self.control.borrow_mut().restore(state, &mut *self.links.borrow_mut());
         lost.iter().for_each(|sentence| warn!("not taken over: {sentence}"));
         info!("{} of {before} ports taken over", self.control.borrow().links().count());
-        // The MTU of their routes may be another than the former daemon knew: so they count as changed.
-        let control = self.control.borrow();
-        let plugged = control.pod_routes().map(|pod| (pod.port, PodRoutes { routes: Vec::new(), ..pod }));
-        self.pod_routes.replace(plugged.collect());
     }
 
     async fn handle(&self, request: Request) -> Result<Answer, ApiError> {
@@ -306,6 +311,12 @@ impl Daemon {
                 let _ = self.control.borrow_mut().handle(self.now_ns(), removal, &mut *self.links.borrow_mut());
                 answer = Err(ApiError::new(ErrorCode::System, format!("port_mappings: {failure}")));
             }
+        }
+        if let (true, Ok(Answer::Port(info))) = (is_change, &answer) {
+            // Its routes are made by who plugged it in, as the answer says.
+            let control = self.control.borrow();
+            let mut plugged = control.pod_routes().filter(|pod| pod.port == info.id);
+            self.pod_routes.borrow_mut().extend(plugged.next().map(|pod| (pod.port, pod)));
         }
         match &answer {
             Ok(_) if !is_change => debug!("{asked}"),
@@ -351,43 +362,54 @@ impl Daemon {
         let all = refreshed?;
         self.check_host(&all).await;
         self.carry_out().await;
-        self.look_at_followed(&all).await?;
+        let followed = self.look_at_followed(&all).await;
         self.update_pods().await;
         self.publish();
-        Ok(())
+        followed
     }
 
     /// What leaves the node fits the uplink as it is now: pods' routes follow its MTU.
     async fn update_pods(&self) {
         let wanted: BTreeMap<PortId, PodRoutes> =
             self.control.borrow().pod_routes().map(|pod| (pod.port, pod)).collect();
-        // A pod that is new was given its routes when it was plugged in.
+        // A pod that was taken over is not known: the MTU may be another than the former daemon knew.
         let known = self.pod_routes.replace(wanted.clone());
-        let changed =
-            wanted.values().filter(|pod| known.get(&pod.port).is_some_and(|known| known.routes != pod.routes));
+        let changed = wanted.values().filter(|pod| known.get(&pod.port).is_none_or(|known| known.routes != pod.routes));
         for PodRoutes { port, netns, mac, routes } in changed {
             match update_routes(Path::new(netns), *mac, routes).await {
                 Ok(()) => debug!("routes of {netns} follow the uplink's MTU"),
                 Err(error) => {
                     warn!("routes of {netns} keep their old MTU, which is tried again: {error}");
-                    if let Some(before) = known.get(port) {
-                        self.pod_routes.borrow_mut().insert(*port, before.clone());
-                    }
+                    let mut pods = self.pod_routes.borrow_mut();
+                    match known.get(port) {
+                        Some(before) => pods.insert(*port, before.clone()),
+                        None => pods.remove(port),
+                    };
                 }
             }
         }
     }
 
-    /// The host's end of its veth may be deleted by anybody; then it is made again.
+    /// The host's end of its veth may be deleted by anybody; then it is made again, as soon as it can be.
     async fn check_host(&self, all: &[LinkState]) {
-        let is_lost = self.host.lock().await.as_ref().is_some_and(|host| !all.iter().any(|link| host.is(link.ifindex)));
-        if is_lost {
-            warn!("link {} is gone: it is made again", self.config.host.link);
-            self.links.borrow_mut().detach(HOST_PORT);
-            self.host.lock().await.take();
-            self.control.borrow_mut().set_host(None);
-            if let Err(error) = self.attach_host().await {
-                warn!("host port {}: {error:#}", self.config.host.link);
+        if self.config.host.network.is_none() {
+            return;
+        }
+        let link = &self.config.host.link;
+        let known = self.host.lock().await.as_ref().map(|host| all.iter().any(|link| host.is(link.ifindex)));
+        match known {
+            Some(true) => return,
+            Some(false) => {
+                warn!("link {link} is gone: it is made again");
+                self.links.borrow_mut().detach(HOST_PORT);
+                self.host.lock().await.take();
+            }
+            None => {}
+        }
+        if let Err(error) = self.attach_host().await {
+            let reason = format!("{error:#}; it is tried again");
+            if self.control.borrow_mut().set_host(Err(reason.clone())) {
+                warn!("host port {link}: {reason}");
             }
         }
     }
@@ -405,7 +427,8 @@ impl Daemon {
         let mut followed = self.followed.lock().await;
         followed.look(all, &uplinks, &self.control.borrow());
         followed.read(&self.kernel, &self.config.routes, &self.control).await?;
-        Ok(followed.tell(&self.kernel, all, self.now_ns(), &self.control).await?)
+        followed.tell(&self.kernel, all, self.now_ns(), &self.control).await;
+        Ok(())
     }
 
     fn publish(&self) {
@@ -484,9 +507,11 @@ async fn learn(daemon: Rc<Daemon>, events: Receiver<Event>, news: Arc<Notify>) {
 async fn follow_kernel(daemon: Rc<Daemon>, watch: Watch) {
     let mut is_following = false;
     loop {
-        // It listens before the tables are read for the first time, so that no change falls between.
+        // What was read before somebody listened may have changed since.
         if !is_following && Followed::is_needed(&daemon.config.routes, &daemon.control.borrow()) {
-            spawn_local(follow_tables(daemon.clone(), listen_to_tables().await));
+            let follower = listen_to_tables().await;
+            daemon.followed.lock().await.distrust();
+            spawn_local(follow_tables(daemon.clone(), follower));
             is_following = true;
         }
         if let Err(error) = daemon.refresh().await {

@@ -33,6 +33,36 @@ pub(crate) struct Followed {
     is_stale: bool,
 }
 
+/// Takes back what an earlier daemon told the bridges of devices that this one does not follow.
+pub(crate) async fn take_back(kernel: &Kernel, control: &std::cell::RefCell<Control>) {
+    let wanted: Vec<String> = control.borrow().followers().iter().map(|(network, _)| face_of(*network)).collect();
+    let Ok(all) = kernel.links().await else { return };
+    let is_left = |link: &&LinkState| {
+        let number = link.name.strip_prefix(FACE).is_some_and(|number| number.parse::<u16>().is_ok());
+        link.is_veth && number && !wanted.contains(&link.name)
+    };
+    for face in all.iter().filter(is_left) {
+        info!("{} is an earlier daemon's: it is removed", face.name);
+        if let Some(bridge) = face.master
+            && let Ok(told) = kernel.own_neighbors(bridge).await
+        {
+            for (address, _) in told {
+                kernel.remove_neighbor(bridge, address).await;
+            }
+        }
+        if let Err(error) = kernel.delete_pair(&face.name, &format!("{}-x", face.name)).await {
+            warn!("link {} stays: {error}", face.name);
+        }
+    }
+}
+
+/// Our port of the bridge that a network's device belongs to.
+const FACE: &str = "vsw-evpn";
+
+fn face_of(network: NetworkIndex) -> String {
+    format!("{FACE}{}", network.0)
+}
+
 /// The routes to a prefix, by priority and protocol, each with its gateways.
 type Candidates = BTreeMap<(u32, u8), Vec<IpAddr>>;
 
@@ -54,6 +84,8 @@ struct Device {
     told_addresses: HashMap<IpAddr, MacAddr>,
     /// Stations that the bridge was told of, and when.
     told: HashMap<MacAddr, u64>,
+    /// Why the bridge could not be told of all.
+    trouble: Option<String>,
 }
 
 impl Followed {
@@ -67,6 +99,9 @@ impl Followed {
         if !self.is_stale {
             return Ok(());
         }
+        // A link is told to be down before its routes are dropped. Both happen under one lock of the kernel's, for which
+        // this question waits.
+        kernel.link("lo").await?;
         if config.is_importing() {
             let mut routes: HashMap<IpNet, Candidates> = HashMap::new();
             for route in kernel.kernel_routes().await? {
@@ -147,13 +182,14 @@ impl Followed {
                     device.hear_address(network, entry.address, entry.mac.filter(|_| is_there), control);
                 }
             }
+            News::Flushed { ifindex } => self.is_stale |= self.uplinks.contains(&ifindex),
             News::Route(..) => {}
         }
     }
 
-    /// Changes were not heard.
+    /// Changes may not have been heard.
     pub(crate) fn distrust(&mut self) {
-        debug!("changes of the kernel's tables were lost: they are read again");
+        debug!("the kernel's tables are read again");
         self.is_stale = true;
     }
 
@@ -185,62 +221,28 @@ impl Followed {
         }
     }
 
-    /// Tells each device's bridge of the stations here.
+    /// Tells each device's bridge of the stations here. One that refuses is tried again with the next call.
     pub(crate) async fn tell(
         &mut self,
         kernel: &Kernel,
         all: &[LinkState],
         now_ns: u64,
         control: &std::cell::RefCell<Control>,
-    ) -> Result<(), LinkError> {
+    ) {
         for (network, device) in std::mem::take(&mut self.left) {
             device.leave(network, kernel).await;
         }
         for (&network, device) in &mut self.devices {
             let Some(link) = all.iter().find(|link| link.ifindex == device.ifindex) else { continue };
             let Some(bridge) = link.master else { continue };
-            let name = format!("vsw-evpn{}", network.0);
-            let face = match all.iter().find(|link| link.name == name) {
-                Some(face) if face.master == Some(bridge) => face.ifindex,
-                _ => kernel.create_bridge_face(&name, bridge).await?,
-            };
-            if device.face != Some(face) {
-                device.told.clear();
-                // What an earlier daemon told of stations that are gone is taken back below.
-                device.told_addresses = kernel.own_neighbors(bridge).await?.into_iter().collect();
-                device.face = Some(face);
-            }
             let local = control.borrow().local_stations(network);
-            let addresses: HashMap<IpAddr, MacAddr> =
-                local.iter().flat_map(|(mac, addresses)| addresses.iter().map(|&address| (address, *mac))).collect();
-            let stations: HashSet<MacAddr> = local.into_iter().map(|(mac, _)| mac).collect();
-            let old: Vec<IpAddr> =
-                device.told_addresses.keys().filter(|address| !addresses.contains_key(address)).copied().collect();
-            for address in old {
-                kernel.remove_neighbor(bridge, address).await;
-                device.told_addresses.remove(&address);
+            let trouble = device.tell(network, kernel, (all, bridge), now_ns, local).await.err();
+            let trouble = trouble.map(|error| error.to_string());
+            if let Some(trouble) = trouble.as_ref().filter(|trouble| device.trouble.as_ref() != Some(trouble)) {
+                warn!("the bridge of {} is not told of the stations here: {trouble}; it is tried again", link.name);
             }
-            for (address, mac) in addresses {
-                if device.told_addresses.get(&address) != Some(&mac) {
-                    kernel.add_neighbor(bridge, address, mac).await?;
-                    device.told_addresses.insert(address, mac);
-                }
-            }
-            let gone: Vec<MacAddr> = device.told.keys().filter(|mac| !stations.contains(mac)).copied().collect();
-            for mac in gone {
-                kernel.remove_forwarding(face, mac).await;
-                device.told.remove(&mac);
-            }
-            for mac in stations {
-                let is_due = device.told.get(&mac).is_none_or(|told| now_ns.saturating_sub(*told) >= TELL_EVERY_NS);
-                if is_due {
-                    kernel.add_forwarding(face, mac).await?;
-                    device.told.insert(mac, now_ns);
-                    debug!("the bridge of network #{} was told of {mac}", network.0);
-                }
-            }
+            device.trouble = trouble;
         }
-        Ok(())
     }
 
     /// Takes our ports of bridges away.
@@ -272,13 +274,63 @@ fn best(candidates: &Candidates) -> Option<IpAddr> {
 }
 
 impl Device {
+    async fn tell(
+        &mut self,
+        network: NetworkIndex,
+        kernel: &Kernel,
+        (all, bridge): (&[LinkState], u32),
+        now_ns: u64,
+        local: Vec<(MacAddr, Vec<IpAddr>)>,
+    ) -> Result<(), LinkError> {
+        let name = face_of(network);
+        let face = match all.iter().find(|link| link.name == name) {
+            Some(face) if face.master == Some(bridge) => face.ifindex,
+            _ => kernel.create_bridge_face(&name, bridge).await?,
+        };
+        if self.face != Some(face) {
+            self.told.clear();
+            // What an earlier daemon told of stations that are gone is taken back below.
+            self.told_addresses = kernel.own_neighbors(bridge).await?.into_iter().collect();
+            self.face = Some(face);
+        }
+        let addresses: HashMap<IpAddr, MacAddr> =
+            local.iter().flat_map(|(mac, addresses)| addresses.iter().map(|&address| (address, *mac))).collect();
+        let stations: HashSet<MacAddr> = local.into_iter().map(|(mac, _)| mac).collect();
+        let old: Vec<IpAddr> =
+            self.told_addresses.keys().filter(|address| !addresses.contains_key(address)).copied().collect();
+        for address in old {
+            kernel.remove_neighbor(bridge, address).await;
+            self.told_addresses.remove(&address);
+        }
+        for (address, mac) in addresses {
+            if self.told_addresses.get(&address) != Some(&mac) {
+                kernel.add_neighbor(bridge, address, mac).await?;
+                self.told_addresses.insert(address, mac);
+            }
+        }
+        let gone: Vec<MacAddr> = self.told.keys().filter(|mac| !stations.contains(mac)).copied().collect();
+        for mac in gone {
+            kernel.remove_forwarding(face, mac).await;
+            self.told.remove(&mac);
+        }
+        for mac in stations {
+            let is_due = self.told.get(&mac).is_none_or(|told| now_ns.saturating_sub(*told) >= TELL_EVERY_NS);
+            if is_due {
+                kernel.add_forwarding(face, mac).await?;
+                self.told.insert(mac, now_ns);
+                debug!("the bridge of network #{} was told of {mac}", network.0);
+            }
+        }
+        Ok(())
+    }
+
     /// Takes back what its bridge was told.
     async fn leave(&self, network: NetworkIndex, kernel: &Kernel) {
         for address in self.told_addresses.keys() {
             kernel.remove_neighbor(self.bridge, *address).await;
         }
         if self.face.is_some() {
-            let _ = kernel.delete_link(&format!("vsw-evpn{}", network.0)).await;
+            let _ = kernel.delete_link(&face_of(network)).await;
         }
     }
 

@@ -1,8 +1,9 @@
 //! The host's side of the port into its stack: the veth, addresses, routes, and one table of nftables.
 //!
 //! What is wanted comes from control as a [`HostPlan`]; here it is compared with what was done, and the difference is
-//! carried out. Everything is taken back when the daemon ends. After a crash the next daemon finds what was left by
-//! name: the veth, the routes of our protocol number, the table `inet vswitch`, and a note of the forwarding setting.
+//! carried out. Everything is taken back when the daemon ends, and when it cannot start. After a crash the next daemon
+//! finds a note in the runtime directory, and takes back what it names and what is known by name: the veth, the routes of
+//! our protocol number, the table `inet vswitch`, and the forwarding settings.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,7 +16,7 @@ use anyhow::{Context, anyhow, bail};
 use ipnet::IpNet;
 use tracing::{info, warn};
 use vswitch_control::HostPlan;
-use vswitch_link::{HostRoute, Kernel};
+use vswitch_link::{HostRoute, Kernel, LinkError};
 use vswitch_net::{MacAddr, POD_LINK_MTU};
 
 use crate::config::Host;
@@ -28,15 +29,18 @@ const FORWARDING_V6: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
 #[derive(Debug)]
 pub(crate) struct HostLink {
     config: Host,
-    /// Where the former value of a setting that was changed is noted.
+    /// Where it is noted what to take back.
     note: PathBuf,
     ifindex: u32,
     /// The host's end.
     pub(crate) mac: MacAddr,
     done: HostPlan,
+    addresses: BTreeSet<IpAddr>,
     routes: BTreeSet<(u32, HostRoute)>,
-    /// The rules of our table that the kernel has.
+    /// The rules of our table that the kernel was given.
     rules: Option<String>,
+    /// What `nft` makes of them.
+    listed: Option<String>,
     /// What these rules do with UDP.
     udp: BTreeSet<(u16, SocketAddr)>,
     /// What of the plan could not be done; none if all was.
@@ -58,18 +62,26 @@ impl HostLink {
         runtime_dir: &Path,
         workers: u32,
     ) -> anyhow::Result<HostLink> {
+        let note = note_of(runtime_dir);
+        // A link that was lost is noted already, with what was done beside it.
+        if !note.exists() {
+            fs::write(&note, format!("{NOTED_LINK} {}\n", config.link))
+                .with_context(|| format!("cannot write {}", note.display()))?;
+        }
         kernel.remove_own_routes().await?;
         let mac = kernel.create_host_veth(&config.link, &config.switch_link(), POD_LINK_MTU, workers).await?;
         let link = kernel.link(&config.link).await?.ok_or_else(|| anyhow!("link {} is gone again", config.link))?;
         let host = HostLink {
             config: config.clone(),
-            note: runtime_dir.join("forwarding"),
+            note,
             ifindex: link.ifindex,
             mac,
             done: HostPlan::default(),
+            addresses: BTreeSet::new(),
             routes: BTreeSet::new(),
-            // An earlier daemon's, which are replaced by this one's or removed.
-            rules: has_rules().then(String::new),
+            // Those of a link that was lost are replaced.
+            rules: list_rules().ok().flatten().map(|_| String::new()),
+            listed: None,
             udp: BTreeSet::new(),
             failure: None,
             is_down: false,
@@ -95,7 +107,7 @@ impl HostLink {
             return Some(format!("up, but {failure}"));
         }
         let is_off = |path: &str| fs::read_to_string(path).is_ok_and(|value| value.trim() == "0");
-        let has_v6 = self.done.addresses.iter().any(IpAddr::is_ipv6);
+        let has_v6 = self.addresses.iter().any(IpAddr::is_ipv6);
         if is_off(FORWARDING_V4) {
             return Some("up, but the host forwards no IPv4: `sysctl -w net.ipv4.ip_forward=1`".to_owned());
         }
@@ -140,41 +152,73 @@ impl HostLink {
         self.done = plan;
     }
 
-    /// Finds out what somebody else took away: a firewall that is loaded anew flushes all tables, and a link that was down
-    /// has no routes.
+    /// Finds out what somebody else took away or changed: a firewall that is loaded anew flushes all tables, and a link
+    /// that was down has no routes.
     async fn look(&mut self, kernel: &Kernel) {
-        let is_up = matches!(kernel.link(&self.config.link).await, Ok(Some(link)) if link.is_up);
-        if self.is_down == is_up {
-            self.is_down = !is_up;
-            self.routes.clear();
-            self.done = HostPlan::default();
-            if self.is_down {
-                warn!("link {} is down: the host and its pods do not reach each other", self.config.link);
-            }
-        }
+        self.look_at_links(kernel).await;
         if self.is_down {
             return;
         }
-        if self.rules.is_some() && !has_rules() {
-            warn!("the table inet vswitch was removed by somebody: it is made again");
-            self.rules = None;
+        if self.rules.is_some()
+            && let Ok(listed) = list_rules()
+            && listed != self.listed
+        {
+            warn!("the table inet vswitch was changed or removed by somebody: it is made again");
+            self.rules = Some(String::new());
             self.udp.clear();
             self.done = HostPlan::default();
         }
-        for &(table, route) in &self.routes {
-            if let Ok(true) = kernel.add_host_route(self.ifindex, table, route).await {
+        if let Ok(there) = kernel.addresses(self.ifindex).await {
+            let lost: Vec<IpAddr> = self.addresses.iter().filter(|address| !there.contains(address)).copied().collect();
+            for address in lost {
+                warn!("the host's address {address} was removed by somebody: it is made again");
+                self.addresses.remove(&address);
+                self.done = HostPlan::default();
+            }
+        }
+        if let Ok(there) = kernel.host_routes().await {
+            let there: BTreeSet<(u32, IpNet)> = there.into_iter().collect();
+            let is_lost = |(table, route): &&(u32, HostRoute)| !there.contains(&(*table, route.prefix));
+            let lost: Vec<(u32, HostRoute)> = self.routes.iter().filter(is_lost).copied().collect();
+            for (table, route) in lost {
                 warn!("the host's route to {} was removed by somebody: it is made again", route.prefix);
+                self.routes.remove(&(table, route));
+                self.done = HostPlan::default();
             }
         }
     }
 
-    async fn set_addresses(&self, kernel: &Kernel, plan: &HostPlan) -> anyhow::Result<()> {
-        for &address in plan.addresses.iter().filter(|address| !self.done.addresses.contains(address)) {
+    async fn look_at_links(&mut self, kernel: &Kernel) {
+        let Ok(links) = kernel.links().await else { return };
+        let find = |name: &str| links.iter().find(|link| link.name == name);
+        let switch_link = self.config.switch_link();
+        // The switch's end is nobody else's; the host's end may be down on purpose.
+        if let Some(end) = find(&switch_link).filter(|end| !end.is_enabled) {
+            warn!("link {switch_link} was set down by somebody: it is set up again");
+            if let Err(error) = kernel.set_up(end.ifindex).await {
+                warn!("{error}");
+            }
+        }
+        let is_down = !find(&self.config.link).is_some_and(|end| end.is_enabled);
+        if self.is_down != is_down {
+            self.is_down = is_down;
+            if is_down {
+                warn!("link {} is down: the host and its pods do not reach each other", self.config.link);
+            }
+        }
+    }
+
+    async fn set_addresses(&mut self, kernel: &Kernel, plan: &HostPlan) -> anyhow::Result<()> {
+        for &address in &plan.addresses {
+            if self.addresses.contains(&address) {
+                continue;
+            }
             match kernel.add_address(self.ifindex, IpNet::from(address)).await {
                 Ok(()) => {}
                 Err(error) if error.errno() == Some(EEXIST) => {}
                 Err(error) => return Err(error.into()),
             }
+            self.addresses.insert(address);
         }
         Ok(())
     }
@@ -219,28 +263,16 @@ impl HostLink {
         }
         replace_rules(plan.rules.as_deref())?;
         self.rules = plan.rules.clone();
+        self.listed = list_rules()?;
         let changed = self.udp.symmetric_difference(&plan.udp).map(|&(port, _)| port).collect();
         self.udp = plan.udp.clone();
         forget_udp_flows(kernel, &changed).await;
         Ok(())
     }
 
-    /// Takes everything back.
-    pub(crate) async fn remove(self, kernel: &Kernel) {
-        if self.rules.is_some()
-            && let Err(error) = replace_rules(None)
-        {
-            warn!("the table inet vswitch stays: {error:#}");
-        }
-        forget_udp_flows(kernel, &self.udp.iter().map(|&(port, _)| port).collect()).await;
-        if let Err(error) = kernel.delete_link(&self.config.link).await {
-            warn!("link {} stays: {error}", self.config.link);
-        }
-        // Routes in other tables go with the link.
-        if let Ok(before) = fs::read_to_string(&self.note) {
-            restore_settings(&before);
-            let _ = fs::remove_file(&self.note);
-        }
+    /// Ports of the host whose UDP leads to pods.
+    pub(crate) fn udp_ports(&self) -> BTreeSet<u16> {
+        self.udp.iter().map(|&(port, _)| port).collect()
     }
 
     /// IPv4 only: with IPv6 forwarding a host stops to listen to its own router, which is not ours to decide.
@@ -250,7 +282,8 @@ impl HostLink {
             return;
         }
         // The note first: a crash between the two must not make the change permanent.
-        let done = fs::write(&self.note, note_settings()).and_then(|()| fs::write(FORWARDING_V4, "1"));
+        let note = format!("{NOTED_LINK} {}\n{}", self.config.link, note_settings());
+        let done = fs::write(&self.note, note).and_then(|()| fs::write(FORWARDING_V4, "1"));
         match done {
             Ok(()) => info!("net.ipv4.ip_forward is on as long as the daemon runs"),
             Err(error) => warn!("net.ipv4.ip_forward could not be set: {error}"),
@@ -266,6 +299,43 @@ const LOOK_EVERY_NS: u64 = 5_000_000_000;
 /// The table that `ip route` shows.
 const MAIN_TABLE: u32 = 254;
 
+/// In the note, before the name of the host's end.
+const NOTED_LINK: &str = "link";
+
+fn note_of(runtime_dir: &Path) -> PathBuf {
+    runtime_dir.join("host")
+}
+
+/// Takes back what was done to the host, by this daemon or by an earlier one of the same runtime directory: rules, flows
+/// of UDP that they led to pods, routes, veth, settings. Nothing if there is no note of any.
+pub(crate) async fn take_back(kernel: &Kernel, runtime_dir: &Path, udp_ports: &BTreeSet<u16>) {
+    let path = note_of(runtime_dir);
+    let Ok(note) = fs::read_to_string(&path) else { return };
+    let has_rules = list_rules().is_ok_and(|rules| rules.is_some());
+    if has_rules && let Err(error) = replace_rules(None) {
+        warn!("the table inet vswitch stays: {error:#}");
+    }
+    forget_udp_flows(kernel, udp_ports).await;
+    if let Err(error) = kernel.remove_own_routes().await {
+        warn!("routes of the host to pods stay: {error}");
+    }
+    let (links, settings): (Vec<_>, Vec<_>) =
+        note.lines().filter_map(|line| line.split_once(' ')).partition(|(key, _)| *key == NOTED_LINK);
+    for (_, link) in links {
+        let config = Host { link: link.to_owned(), ..Host::default() };
+        match kernel.delete_pair(link, &config.switch_link()).await {
+            // Somebody else's by now.
+            Ok(()) | Err(LinkError::Taken { .. }) => {}
+            Err(error) => warn!("link {link} stays: {error}"),
+        }
+    }
+    // Forwarding first, which changes the others. Links may be gone.
+    for (path, value) in settings {
+        let _ = fs::write(path, value);
+    }
+    let _ = fs::remove_file(path);
+}
+
 /// Forwarding, and all that the kernel changes with it (kernel document `networking/ip-sysctl.rst`): each link's own, and
 /// whether redirects are accepted. One setting and its value a line.
 fn note_settings() -> String {
@@ -276,13 +346,6 @@ fn note_settings() -> String {
     paths.into_iter().filter_map(line).collect()
 }
 
-/// Forwarding first, which changes the others. Links may be gone.
-fn restore_settings(note: &str) {
-    for (path, value) in note.lines().filter_map(|line| line.split_once(' ')) {
-        let _ = fs::write(path, value);
-    }
-}
-
 /// Flows that are there already do not ask the rules.
 async fn forget_udp_flows(kernel: &Kernel, ports: &BTreeSet<u16>) {
     if let Err(error) = kernel.forget_udp_flows(ports).await {
@@ -290,15 +353,22 @@ async fn forget_udp_flows(kernel: &Kernel, ports: &BTreeSet<u16>) {
     }
 }
 
-/// True if our table is there, or cannot be looked for.
-fn has_rules() -> bool {
-    let mut list = Command::new("nft");
-    list.args(["list", "table", "inet", "vswitch"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success())
+/// Our table as `nft` shows it; none if there is none.
+fn list_rules() -> anyhow::Result<Option<String>> {
+    let output = match Command::new("nft").args(["list", "table", "inet", "vswitch"]).stdin(Stdio::null()).output() {
+        Ok(output) => output,
+        // Without it there was nobody to make one.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).context("cannot run nft"),
+    };
+    if output.status.success() {
+        return Ok(Some(String::from_utf8_lossy(&output.stdout).into_owned()));
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    if said.contains("No such file or directory") {
+        return Ok(None);
+    }
+    bail!("nft does not list our table: {}", said.trim().replace('\n', "; "))
 }
 
 /// Replaces our table of nftables, in one transaction; none removes it.

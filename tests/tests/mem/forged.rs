@@ -79,7 +79,7 @@ fn nobody_outside_speaks_as_a_pod_by_way_of_the_host() {
     switch.ask_json(r#"{"op":"route_add","network":"pods","prefix":"10.2.0.0/24","peer":"other"}"#).unwrap();
     switch.backend.attach(HOST_PORT, "host").unwrap();
     let (link, attached) = ("vswitch0".to_owned(), Attached::default());
-    switch.control.set_host(Some(HostState { link, mac: mac(99), attached, problem: None }));
+    switch.control.set_host(Ok(HostState { link, mac: mac(99), attached, problem: None }));
     switch.add_port("one", "pods", mac(1), &["10.1.0.5"]);
     switch.add_port("two", "pods", mac(2), &["10.1.0.6"]);
     let mut from =

@@ -17,7 +17,7 @@ fn joined() -> Switch {
     let network = r#"{"op":"network_add","name":"pods","vni":7,"subnets":["10.0.0.0/8","fd00::/8"],"ranges":["10.1.0.0/24","fd01::/64"]}"#;
     switch.ask_json(network).unwrap();
     switch.backend.attach(HOST_PORT, "host").unwrap();
-    switch.control.set_host(Some(HostState {
+    switch.control.set_host(Ok(HostState {
         link: "vswitch0".to_owned(),
         mac: HOST_MAC,
         attached: Attached::default(),

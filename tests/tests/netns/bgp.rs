@@ -124,3 +124,40 @@ router bgp 65002
     lab::wait_for(30, || !daemons[1].run_ctl(&["peer", "list"]).unwrap().contains("kernel-")).unwrap();
     daemons.iter().for_each(assert_balanced);
 }
+
+/// IPv4 routes go with a link that goes down, and the kernel tells nobody.
+#[test]
+fn routes_that_the_kernel_drops_silently_are_dropped_here() {
+    let Some(mut bench) = bench("silent") else { return };
+    let lab = &mut bench.lab;
+    let (node, other) = (lab.namespace("node").unwrap(), lab.namespace("other").unwrap());
+    lab.wire([(&node, "wire", &["192.0.2.1/24"]), (&other, "wire", &["192.0.2.2/24"])], 1500).unwrap();
+    let config = r#"
+[uplink]
+link = "wire"
+[host]
+network = "pods"
+[routes]
+import = "kernel"
+[[network]]
+name = "pods"
+vni = 1
+subnets = ["10.244.0.0/16"]
+ranges = ["10.244.1.0/24"]
+"#;
+    let daemon = lab.daemon(&node, "node", config).unwrap();
+    let imported = || {
+        let routes = daemon.ctl(&["route", "list"]).unwrap();
+        routes["routes"].as_array().unwrap().iter().filter(|route| route["is_imported"] == true).count()
+    };
+    let flap = "ip link set wire down; ip link set wire up";
+    for lose in [flap, "ip addr flush dev wire"] {
+        let add = (2..100).map(|number| format!("ip route add 10.244.{number}.0/24 via 192.0.2.2 proto bird\n"));
+        node.run(20, &["sh", "-c", &add.collect::<String>()]).unwrap();
+        lab::wait_for(5, || imported() == 98).unwrap();
+        node.run(5, &["sh", "-c", lose]).unwrap();
+        let kept = node.run(5, &["ip", "route", "show", "proto", "bird"]).unwrap().lines().count();
+        assert_eq!(kept, 0, "the kernel drops them");
+        lab::wait_for(5, || imported() == kept).unwrap_or_else(|_| panic!("{lose}: {} are left", imported()));
+    }
+}

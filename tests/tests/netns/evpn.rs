@@ -112,3 +112,55 @@ fn frr_tells_of_stations_floods_and_moves() {
         assert!(!node.run(5, &["ip", "link"]).unwrap().contains("vsw-evpn"));
     }
 }
+
+/// One network's bridge that takes nothing keeps no other network from following the wire.
+#[test]
+fn a_bridge_that_refuses_is_told_of_alone() {
+    let Some(mut bench) = bench("brdown") else { return };
+    let lab = &mut bench.lab;
+    let node = lab.namespace("node").unwrap();
+    lab.wire([(&node, "wire", &["192.0.2.1/24"]), (&node, "other", &[])], 1500).unwrap();
+    node.ip("link add br100 type bridge").unwrap();
+    node.ip("link add vx100 type vxlan id 100 local 192.0.2.1 dstport 4790 nolearning").unwrap();
+    node.ip("link set vx100 master br100 up").unwrap();
+    let config = r#"
+[uplink]
+link = "wire"
+[[network]]
+name = "pods"
+vni = 1
+ranges = ["10.244.1.0/24"]
+[[network]]
+name = "lan"
+vni = 100
+mode = "bridged"
+subnets = ["10.20.0.0/24"]
+ranges = ["10.20.0.0/24"]
+follow = "vx100"
+"#;
+    let mut daemon = lab.daemon(&node, "node", config).unwrap();
+    let plug = |lab: &mut Lab, daemon: &Daemon, name: &str, network: &str| {
+        let pod = lab.namespace(name).unwrap();
+        daemon.run_ctl(&["port", "add", "--netns", &pod.path(), "--network", network]).unwrap();
+        pod
+    };
+    plug(lab, &daemon, "station", "lan");
+    let log = lab.directory().join("node.log");
+    let refusals = || std::fs::read_to_string(&log).unwrap().matches("is not told of the stations here").count();
+    lab::wait_for(10, || refusals() > 0).expect("a bridge that is down refuses");
+    let pod = plug(lab, &daemon, "pod", "pods");
+    let mtu = |of: &str| pod.run(5, &["ip", "route", "show", "default"]).unwrap().contains(&format!("mtu {of}"));
+    assert!(mtu("1450"));
+    node.ip("link set wire mtu 1400").unwrap();
+    lab::wait_for(10, || mtu("1350")).unwrap();
+    assert_eq!(refusals(), 1, "said once");
+    node.ip("link set br100 up").unwrap();
+    let is_told = || node.run(5, &["bridge", "fdb", "show", "br", "br100"]).unwrap().contains("dev vsw-evpn");
+    lab::wait_for(10, is_told).unwrap();
+    // After a crash, a daemon that does not follow the device takes back what the last one told its bridge.
+    daemon.kill();
+    let rest = config.replace("follow = \"vx100\"", "");
+    let _daemon = lab.daemon(&node, "node", &rest).unwrap();
+    assert!(!node.run(5, &["ip", "link"]).unwrap().contains("vsw-evpn"));
+    assert!(!node.run(5, &["ip", "neigh", "show", "dev", "br100"]).unwrap().contains("10.20.0"));
+}

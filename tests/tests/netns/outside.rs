@@ -107,20 +107,72 @@ fn host_and_pods_reach_each_other_and_pods_the_world() {
 #[test]
 fn what_others_take_away_comes_back() {
     let Some(mut bench) = bench("heal") else { return };
-    let World { node, daemon, addresses, .. } = world(&mut bench, CONFIG);
+    let World { node, mut daemon, addresses, .. } = world(&mut bench, CONFIG);
+    let lab = &mut bench.lab;
     let has = |command: &[&str], text: &str| node.run(5, command).unwrap().contains(text);
-    // A firewall that is loaded anew, and an operator who cleans up.
-    node.run(5, &["nft", "flush", "ruleset"]).unwrap();
-    node.ip("route del 10.244.1.0/24 dev vswitch0").unwrap();
-    lab::wait_for(15, || has(&["nft", "list", "ruleset"], "masquerade")).unwrap();
-    lab::wait_for(15, || node.pings(&addresses[0], 1, 1)).unwrap();
-    // A link that is down has no routes, and says so.
-    node.ip("link set vswitch0 down").unwrap();
+    let reaches = || addresses.iter().all(|address| node.pings(address, 1, 1));
     let says = |text: &str| daemon.run_ctl(&["status"]).unwrap().contains(text);
-    lab::wait_for(15, || says("down: `ip link set vswitch0 up`")).unwrap();
+    let comes = |what: &str, is_true: &dyn Fn() -> bool| {
+        lab::wait_for(15, is_true).unwrap_or_else(|_| panic!("{what}: {}", daemon.run_ctl(&["status"]).unwrap()));
+    };
+    // A firewall that is loaded anew, one that empties our table alone, and an operator who cleans up.
+    let meanwhile = [
+        ("flush ruleset", "route del 10.244.1.0/24 dev vswitch0"),
+        ("flush table inet vswitch", "addr flush dev vswitch0"),
+        ("delete chain inet vswitch postrouting", "link set vswitch0-sw down"),
+    ];
+    for (rules, links) in meanwhile {
+        node.run(5, &["nft", rules]).unwrap();
+        node.ip(links).unwrap();
+        comes(rules, &|| has(&["nft", "list", "ruleset"], "masquerade"));
+        comes(links, &|| has(&["ip", "addr", "show", "vswitch0"], "10.244.1.1/32") && reaches());
+    }
+    // A link that is down has no routes, and says so; one that was so only for a moment has lost them too.
+    node.ip("link set vswitch0 down").unwrap();
+    comes("down", &|| says("down: `ip link set vswitch0 up`"));
     node.ip("link set vswitch0 up").unwrap();
-    lab::wait_for(15, || node.pings(&addresses[0], 1, 1) && node.pings(&addresses[1], 1, 1)).unwrap();
-    lab::wait_for(15, || says("masquerades; up")).unwrap();
+    comes("up", &|| reaches() && says("masquerades; up"));
+    node.run(5, &["sh", "-c", "ip link set vswitch0 down; ip link set vswitch0 up"]).unwrap();
+    comes("down and up", &|| has(&["ip", "addr", "show", "vswitch0"], "fd00:10:244:1::1/128") && reaches());
+    // What somebody put in the place of ours is his, and told of, until it is gone.
+    node.ip("route replace 10.244.1.0/24 via 192.0.2.9").unwrap();
+    comes("another's route", &|| says("the host has other routes to 10.244.1.0/24"));
+    node.ip("route del 10.244.1.0/24 via 192.0.2.9").unwrap();
+    comes("route again", &|| reaches() && says("masquerades; up"));
+    let take = lab.file("take", "link del vswitch0\nlink add vswitch0 type veth peer name vswitch0-xx\n").unwrap();
+    // The switch may be faster.
+    comes("a name that is taken", &|| node.run(5, &["ip", "-batch", &take]).is_ok());
+    comes("another's link", &|| says("is not the switch's"));
+    node.ip("link del vswitch0").unwrap();
+    comes("link", &|| reaches() && says("masquerades; up"));
+    assert!(daemon.stop());
+    assert!(!has(&["ip", "link"], "vswitch0") && !has(&["nft", "list", "ruleset"], "vswitch"));
+    assert!(has(&["sysctl", "net.ipv4.ip_forward"], "= 0"));
+}
+
+#[test]
+fn a_daemon_that_cannot_start_or_crashed_leaves_nothing() {
+    let Some(mut bench) = bench("inv3") else { return };
+    let lab = &mut bench.lab;
+    let node = lab.namespace("node").unwrap();
+    lab.wire([(&node, "wire", &["192.0.2.1/24", "2001:db8::1/64"]), (&node, "other", &[])], 1500).unwrap();
+    lab::wait_for(5, || !node.run(5, &["ip", "addr"]).unwrap().contains("tentative")).unwrap();
+    let before = inventory(&node);
+    let refused = lab.daemon(&node, "node", &format!("socket = \"/proc/none/x.sock\"\n{CONFIG}")).unwrap_err();
+    assert!(refused.to_string().contains("set daemon.socket"), "{refused:#}");
+    assert_eq!(inventory(&node), before);
+    // A crash, and then a configuration without the host, or with another name for its link.
+    let rest = CONFIG.replace("[host]\nnetwork = \"pods\"\n", "");
+    for (config, is_joined) in [(rest, false), (CONFIG.replace("[host]", "[host]\nlink = \"pods0\""), true)] {
+        let mut crashed = lab.daemon(&node, "node", CONFIG).unwrap();
+        assert!(node.run(5, &["ip", "link"]).unwrap().contains("vswitch0"));
+        crashed.kill();
+        let mut daemon = lab.daemon(&node, "node", &config).unwrap();
+        assert!(!node.run(5, &["ip", "link"]).unwrap().contains("vswitch0"));
+        assert_eq!(node.run(5, &["nft", "list", "ruleset"]).unwrap().contains("inet vswitch"), is_joined);
+        assert!(daemon.stop());
+        assert_eq!(inventory(&node), before);
+    }
 }
 
 #[test]
@@ -197,7 +249,9 @@ fn udp_that_never_pauses_follows_a_mapped_port() {
     // Answers with its name.
     let server = "import socket, sys
 s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM); s.bind(('::', int(sys.argv[1])))
-while True: s.sendto(sys.argv[2].encode(), s.recvfrom(99)[1])";
+while True:
+    try: s.sendto(sys.argv[2].encode(), s.recvfrom(99)[1])
+    except OSError: pass";
     // Two sockets, one a family, that send ten times a second; who answers them is noted.
     let client = "import pathlib, socket, sys, time
 ends = []

@@ -132,3 +132,31 @@ fn another_number_of_workers_loses_no_port() {
     assert!(pods[0].0.pings(&pods[1].1[0], 5, 3));
     assert!(pods[0].0.pings(&late[0], 5, 3));
 }
+
+/// A restart brings the MTU of pods' routes up to date, and nothing else of a pod's table.
+#[test]
+fn routes_that_a_pod_made_its_own_stay() {
+    let Some(mut bench) = bench("own") else { return };
+    let node = bench.lab.namespace("node").unwrap();
+    bench.lab.wire([(&node, "wire", &["192.0.2.1/24"]), (&node, "other", &[])], 1500).unwrap();
+    let config = format!("[uplink]\nlink = \"wire\"\n{ALONE}");
+    let mut daemon = bench.lab.daemon(&node, "node", &config).unwrap();
+    let [plain, tunnel, none] = ["plain", "tunnel", "none"].map(|name| crate::add_pod(&mut bench.lab, &daemon, name).0);
+    tunnel.ip("link add tun7 type veth peer name tun8").unwrap();
+    tunnel.ip("link set tun7 up").unwrap();
+    tunnel.ip("route replace default dev tun7").unwrap();
+    tunnel.ip("-6 route replace default via fe80::9 dev eth0").unwrap();
+    none.ip("route del default").unwrap();
+    let routes = |pod: &lab::Namespace| {
+        ["-4", "-6"].map(|family| pod.run(5, &["ip", family, "route", "show", "default"]).unwrap())
+    };
+    let before = [routes(&tunnel), routes(&none)];
+    assert!(routes(&plain)[0].contains("mtu 1450"), "{:?}", routes(&plain));
+    assert!(daemon.stop());
+    node.ip("link set wire mtu 1400").unwrap();
+    daemon.start().unwrap();
+    lab::wait_for(10, || routes(&plain).iter().all(|route| route.contains("mtu 1350"))).unwrap();
+    lab::wait_for(10, || routes(&none)[1].contains("mtu 1350")).unwrap();
+    assert_eq!(routes(&tunnel), before[0]);
+    assert_eq!(routes(&none)[0], before[1][0]);
+}

@@ -84,7 +84,7 @@ impl Control {
             .underlay
             .present()
             .map(|(port, uplink)| (port.index(), Port::new(uplink.mtu, PortKind::Uplink(uplink.mac))));
-        let host = self.host.as_ref().zip(self.host_network()).map(|(host, network)| {
+        let host = self.host().zip(self.host_network()).map(|(host, network)| {
             // The host routes: packets of all the world come from it, but none of a pod.
             let access = Access::new(network.index, host.mac, routers(&network.spec), SenderCheck::Elsewhere);
             (HOST_PORT.index(), Port::new(POD_LINK_MTU, PortKind::Access(access)))

@@ -112,7 +112,8 @@ pub struct PodRoutes {
 pub struct Control {
     config: ControlConfig,
     desired: Desired,
-    host: Option<HostState>,
+    /// The port into the host's stack, or why there is none.
+    host: Result<HostState, String>,
     learned: Learned,
     groups: Groups,
     /// When members of groups were last asked.
@@ -159,7 +160,7 @@ impl Control {
     pub fn new(config: ControlConfig) -> Control {
         Control {
             desired: Desired::default(),
-            host: None,
+            host: Err("not attached yet".to_owned()),
             learned: Learned::new(config.fdb_ageing_ns, config.fdb_limit),
             groups: Groups::default(),
             asked_ns: None,
@@ -265,18 +266,21 @@ impl Control {
 
     /// The port into the host's stack as last told.
     pub fn host(&self) -> Option<&HostState> {
-        self.host.as_ref()
+        self.host.as_ref().ok()
     }
 
-    /// Tells what the port into the host's stack is now.
-    pub fn set_host(&mut self, host: Option<HostState>) {
-        if self.host != host {
+    /// Tells what the port into the host's stack is now, or why there is none.
+    /// True if that is news.
+    pub fn set_host(&mut self, host: Result<HostState, String>) -> bool {
+        let is_news = self.host != host;
+        if is_news {
             self.host = host;
             if let Some(index) = self.host_network().map(|network| network.index) {
                 self.settle_network(index);
             }
             self.mark(Dirty::Change);
         }
+        is_news
     }
 
     /// VTEPs of all peers, whose next hops are wanted.

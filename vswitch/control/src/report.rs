@@ -199,12 +199,12 @@ impl Control {
 
     fn host_info(&self) -> Option<HostInfo> {
         let network = self.host_network()?;
-        let problem = self
-            .host
-            .as_ref()
-            .map_or_else(|| Some("not attached yet; the log says why".to_owned()), |host| host.problem.clone());
+        let problem = match &self.host {
+            Ok(host) => host.problem.clone(),
+            Err(reason) => Some(reason.clone()),
+        };
         Some(HostInfo {
-            link: self.host.as_ref().map(|host| host.link.clone()).unwrap_or_default(),
+            link: self.host().map(|host| host.link.clone()).unwrap_or_default(),
             network: network.spec.name.clone(),
             addresses: routers(&network.spec),
             masquerade: self.config.masquerade,
@@ -343,7 +343,7 @@ impl Control {
                     .iter()
                     .map(|&address| (port.network, IpNet::from(address), FdbTarget::Port(spec.link.clone()), false))
             });
-        let to_host = self.host.iter().zip(self.host_network()).flat_map(|(host, network)| {
+        let to_host = self.host().into_iter().zip(self.host_network()).flat_map(|(host, network)| {
             let addresses = routers(&network.spec).into_iter().map(IpNet::from);
             let everything = [IpNet::V4(Default::default()), IpNet::V6(Default::default())];
             let prefixes = addresses.chain(everything);
@@ -513,11 +513,11 @@ impl Control {
 
     /// Uplinks and the host's port, as far as they are there.
     fn special_ports(&self) -> impl Iterator<Item = PortId> + '_ {
-        self.underlay.present().map(|(port, _)| port).chain(self.host.iter().map(|_| HOST_PORT))
+        self.underlay.present().map(|(port, _)| port).chain(self.host().map(|_| HOST_PORT))
     }
 
     fn link_name(&self, port: PortId) -> String {
-        match (self.underlay.uplink(port), &self.host) {
+        match (self.underlay.uplink(port), self.host()) {
             (Some(uplink), _) => uplink.link.clone(),
             (None, Some(host)) if port == HOST_PORT => host.link.clone(),
             _ => self.desired.link_name(port),

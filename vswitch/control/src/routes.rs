@@ -73,7 +73,7 @@ impl Control {
         if entry.spec.mode != NetworkMode::Routed {
             return None;
         }
-        let host = self.host.as_ref().filter(|_| self.is_host_network(&entry.spec));
+        let host = self.host().filter(|_| self.is_host_network(&entry.spec));
         let to_host = host.map(|host| NextHop::Port { port: HOST_PORT, mac: host.mac });
         if is_host && routers(&entry.spec).contains(&prefix.addr()) {
             return Some(to_host.unwrap_or(NextHop::Gateway));

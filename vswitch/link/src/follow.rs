@@ -9,6 +9,7 @@ use futures_util::StreamExt;
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_REPLACE, NetlinkPayload};
 use rtnetlink::MulticastGroup;
+use rtnetlink::packet_route::link::LinkFlags;
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
@@ -88,6 +89,11 @@ pub enum News {
     Forwarding(Forwarding, bool),
     /// An address of a station elsewhere came (true) or went: a neighbor entry that a routing daemon made.
     Neighbor(ExternNeighbor, bool),
+    /// A link went down or away, or lost an IPv4 address: the kernel drops IPv4 routes then, and tells nobody of them.
+    Flushed {
+        /// The link.
+        ifindex: u32,
+    },
 }
 
 /// Hears of changes, until some were lost. Stops when dropped.
@@ -104,7 +110,13 @@ impl Follower {
     ///
     /// [`LinkError::Open`].
     pub fn here() -> Result<Follower, LinkError> {
-        let groups = [MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route, MulticastGroup::Neigh];
+        let groups = [
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Neigh,
+            MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+        ];
         let (mut connection, _, mut messages) =
             rtnetlink::new_multicast_connection(&groups).map_err(LinkError::Open)?;
         // Beyond what the system allows everybody, if we may; less only means that more is read anew.
@@ -269,12 +281,22 @@ fn news(payload: NetlinkPayload<RouteNetlinkMessage>, is_replacing: bool) -> Opt
             let neighbor = || extern_neighbor(&message).map(|entry| News::Neighbor(entry, false));
             forwarding(&message).map(|entry| News::Forwarding(entry, false)).or_else(neighbor)
         }
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(message)) => {
+            let is_down = !message.header.flags.contains(LinkFlags::Up);
+            is_down.then_some(News::Flushed { ifindex: message.header.index })
+        }
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(message)) => {
+            Some(News::Flushed { ifindex: message.header.index })
+        }
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelAddress(message)) => {
+            Some(News::Flushed { ifindex: message.header.index })
+        }
         _ => None,
     }
 }
 
 /// A route as far as it is of interest; none for local and multicast ones and those of the routing cache.
-fn kernel_route(message: &RouteMessage) -> Option<KernelRoute> {
+pub(crate) fn kernel_route(message: &RouteMessage) -> Option<KernelRoute> {
     use rtnetlink::packet_route::route::RouteFlags;
     let is_v6 = message.header.address_family == AddressFamily::Inet6;
     let is_of_interest = matches!(

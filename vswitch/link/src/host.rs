@@ -2,15 +2,18 @@
 
 use std::net::IpAddr;
 
+use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol,
 };
+use rtnetlink::sys::AsyncSocket;
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth};
 use vswitch_net::{GATEWAY_V4, GATEWAY_V6, MacAddr};
 
+use crate::follow::kernel_route;
 use crate::veth::{route_message, seal};
 use crate::{Kernel, LinkError, errno, ethtool, refused};
 
@@ -156,23 +159,48 @@ impl Kernel {
         }
     }
 
-    /// Removes every route of our protocol from a table: an earlier daemon's.
+    /// Removes every route of our protocol: an earlier daemon's.
     ///
     /// # Errors
     ///
     /// [`LinkError::Refused`].
     pub async fn remove_own_routes(&self) -> Result<(), LinkError> {
-        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let mut all = RouteMessage::default();
-            all.header.address_family = family;
-            let is_own = |message: &RouteMessage| message.header.protocol == RouteProtocol::Other(HOST_PROTOCOL);
-            let request = || self.handle.route().get(all).execute();
-            for message in self.dump("list routes", request, |message| Some(message).filter(is_own)).await? {
-                let _ = self.handle.route().del(message).execute().await;
-            }
+        for message in own_routes().await? {
+            let _ = self.handle.route().del(message).execute().await;
         }
         Ok(())
     }
+
+    /// Tables and prefixes of the routes of our protocol.
+    ///
+    /// # Errors
+    ///
+    /// [`LinkError::Refused`].
+    pub async fn host_routes(&self) -> Result<Vec<(u32, IpNet)>, LinkError> {
+        let routes = own_routes().await?;
+        Ok(routes.iter().filter_map(kernel_route).map(|route| (route.table, route.prefix)).collect())
+    }
+}
+
+/// The routes of our protocol. The kernel picks them, which it does for a socket that asked to be taken at its word
+/// (`NETLINK_GET_STRICT_CHK`): its tables may have a hundred thousand others.
+async fn own_routes() -> Result<Vec<RouteMessage>, LinkError> {
+    let (mut connection, handle, _) = rtnetlink::new_connection().map_err(LinkError::Open)?;
+    connection.socket_mut().socket_mut().set_netlink_get_strict_chk(true).map_err(LinkError::Open)?;
+    let connection = tokio::spawn(connection);
+    let is_own = |message: &RouteMessage| message.header.protocol == RouteProtocol::Other(HOST_PROTOCOL);
+    let mut own = Vec::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut wanted = RouteMessage::default();
+        wanted.header.address_family = family;
+        wanted.header.protocol = RouteProtocol::Other(HOST_PROTOCOL);
+        let mut answers = handle.route().get(wanted).execute();
+        while let Some(message) = answers.try_next().await.map_err(|error| refused("list the host's routes", error))? {
+            own.extend(Some(message).filter(is_own));
+        }
+    }
+    connection.abort();
+    Ok(own)
 }
 
 fn host_route(ifindex: u32, table: u32, route: HostRoute) -> RouteMessage {

@@ -81,6 +81,8 @@ pub struct LinkState {
     pub mac: MacAddr,
     /// Its MTU.
     pub mtu: u32,
+    /// Administratively up.
+    pub is_enabled: bool,
     /// Administratively up, and with a carrier.
     pub is_up: bool,
     /// Receive queues.
@@ -231,6 +233,7 @@ fn link_state(message: &LinkMessage) -> LinkState {
         name: String::new(),
         mac: MacAddr::default(),
         mtu: 0,
+        is_enabled: message.header.flags.contains(LinkFlags::Up),
         is_up: message.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
         rx_queues: 1,
         is_veth: false,

@@ -7,9 +7,15 @@ use std::path::Path;
 use vswitch_api::{Answer, ApiError, Client, ClientError, ErrorCode, PodRoute, PortInfo, PortSpec, Request};
 use vswitch_net::{LIMITED_LINK_MTU, MacAddr, POD_LINK_MTU, POD_LINK_MTU_MIN};
 
-use crate::{Kernel, LinkError, Netns, VethSpec, ethtool};
+use crate::{Kernel, KernelRoute, LinkError, Netns, Route, VethSpec, ethtool};
 
 const EEXIST: i32 = 17;
+
+/// `RTPROT_STATIC`, of the routes that are made here.
+const PROTOCOL_STATIC: u8 = 4;
+
+/// What the kernel gives an IPv6 route that asks for no priority (`IP6_RT_PRIO_USER`).
+const USUAL_PRIORITY_V6: u32 = 1024;
 
 /// Why a pod was not plugged in.
 #[derive(Debug, thiserror::Error)]
@@ -136,7 +142,8 @@ async fn configure(pod: &Kernel, netns: &Netns, ifname: &str, info: &PortInfo) -
     Ok(())
 }
 
-/// Brings the routes of a pod that is plugged in up to date, as their MTU changes with the uplink's.
+/// Brings the MTU of a pod's routes up to date, as it changes with the uplink's. Routes that the pod changed or removed are
+/// its own affair.
 ///
 /// # Errors
 ///
@@ -148,8 +155,18 @@ pub async fn update_routes(netns: &Path, mac: MacAddr, routes: &[PodRoute]) -> R
     }
     let pod = Kernel::within(&netns)?;
     let Some(link) = pod.links().await?.into_iter().find(|link| link.mac == mac) else { return Ok(()) };
+    let known = pod.kernel_routes().await?;
     for route in routes {
-        pod.replace_route(link.ifindex, route.destination, route.gateway, route.mtu).await?;
+        let is_ours = |known: &&KernelRoute| {
+            let hop = Route { ifindex: link.ifindex, gateway: route.gateway, mtu: None };
+            let priority = if route.destination.addr().is_ipv4() { 0 } else { USUAL_PRIORITY_V6 };
+            (known.prefix, known.protocol, known.priority) == (route.destination, PROTOCOL_STATIC, priority)
+                && matches!(known.next_hops[..], [next] if Route { mtu: None, ..next } == hop)
+        };
+        let ours = known.iter().find(is_ours);
+        if ours.is_some_and(|ours| ours.next_hops[0].mtu != route.mtu) {
+            pod.replace_route(link.ifindex, route.destination, route.gateway, route.mtu).await?;
+        }
     }
     Ok(())
 }

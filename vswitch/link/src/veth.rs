@@ -89,7 +89,7 @@ impl Kernel {
     /// # Errors
     ///
     /// [`LinkError::Taken`] for any other link of either name; it stays.
-    pub(crate) async fn delete_pair(&self, name: &str, other: &str) -> Result<(), LinkError> {
+    pub async fn delete_pair(&self, name: &str, other: &str) -> Result<(), LinkError> {
         let ends = [self.link(name).await?, self.link(other).await?];
         match ends {
             [None, None] => Ok(()),
