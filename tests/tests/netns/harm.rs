@@ -6,7 +6,7 @@ use std::thread::{self, JoinHandle};
 use serde_json::{Value, json};
 use xtask::lab::{self, Daemon, Namespace};
 
-use crate::{add_pod, assert_balanced, bench, conflist};
+use crate::{add_pod, assert_balanced, bench, conflist, dropped};
 
 const CONFIG: &str = r#"
 [uplink]
@@ -63,12 +63,6 @@ print(n)"
     );
     let printed = at.run(40, &["/usr/bin/python3", "-c", &program]).unwrap();
     println!("{} sent {} frames", at.name, printed.trim());
-}
-
-fn count(daemon: &Daemon, reason: &str) -> u64 {
-    let drops = daemon.ctl(&["drops"]).unwrap();
-    let found = drops["drops"].as_array().unwrap().iter().find(|drop| drop["reason"] == reason).cloned();
-    found.and_then(|drop| drop["packets"].as_u64()).unwrap_or(0)
 }
 
 /// A neighbour's ping of so many bytes, until the attack is over: everything must come back.
@@ -177,12 +171,12 @@ fn in_a_routed_network() {
         ),
     ];
     for (what, frames, reasons) in attacks {
-        let counts: Vec<u64> = reasons.iter().map(|reason| count(&daemon, reason)).collect();
+        let counts: Vec<u64> = reasons.iter().map(|reason| dropped(&daemon, reason)).collect();
         let ping = neighbour(&one, &three[0], 2, "3000");
         flood(&attacker, &frames);
         assert_unharmed(ping, what);
         for (reason, before) in reasons.iter().zip(counts) {
-            let now = count(&daemon, reason);
+            let now = dropped(&daemon, reason);
             println!("{what}: {} {reason}", now - before);
             assert!(now - before > 100, "{what}: {reason}");
         }
@@ -247,8 +241,8 @@ fn in_a_bridged_network() {
         flood(&pods[0], frames);
         assert_unharmed(ping, what);
         if !reason.is_empty() {
-            println!("{what}: {} {reason}", count(&daemon, reason));
-            assert!(count(&daemon, reason) > 1000);
+            println!("{what}: {} {reason}", dropped(&daemon, reason));
+            assert!(dropped(&daemon, reason) > 1000);
         }
     }
     let stations = daemon.ctl(&["fdb", "list"]).unwrap()["stations"].as_array().unwrap().len();
@@ -290,13 +284,13 @@ fn in_a_bridged_network() {
         ),
     ];
     for (attacker, what, frames, reason) in attacks {
-        let before = count(&daemon, reason);
+        let before = dropped(&daemon, reason);
         let ping = neighbour(&pods[1], &two, 3, "56");
         flood(attacker, &frames);
         assert_unharmed(ping, what);
         if !reason.is_empty() {
-            println!("{what}: {} {reason}", count(&daemon, reason) - before);
-            assert!(count(&daemon, reason) - before > 1000, "{what}");
+            println!("{what}: {} {reason}", dropped(&daemon, reason) - before);
+            assert!(dropped(&daemon, reason) - before > 1000, "{what}");
         }
     }
     let listed = daemon.ctl(&["fdb", "list", "--network", "open"]).unwrap()["stations"].as_array().unwrap().len();
@@ -363,9 +357,9 @@ peer = "other"
         ),
     );
     assert_unharmed(ping, "a circle of routes");
-    let turned = count(&daemons[1], "split-horizon");
+    let turned = dropped(&daemons[1], "split-horizon");
     println!("a circle of routes: {turned} of 20000 turned away by the second node, none came back");
-    assert!(turned > 1000 && count(&daemons[0], "split-horizon") == 0);
+    assert!(turned > 1000 && dropped(&daemons[0], "split-horizon") == 0);
     // A forged outer source: our own VTEP, and a stranger.
     let ping = neighbour(&one, &far[0], 2, "56");
     let forge = "import json
@@ -380,7 +374,7 @@ for source in ('192.0.2.1', '192.0.2.66'):
     let mac = link.split("link/ether ").nth(1).unwrap().split_whitespace().next().unwrap();
     nodes[1].run(20, &["/usr/bin/python3", "-c", &forge.replace("%s", mac)]).unwrap();
     assert_unharmed(ping, "a peer that claims our VTEP");
-    let counts = ["spoofed-vtep", "unknown-peer"].map(|reason| count(&daemons[0], reason));
+    let counts = ["spoofed-vtep", "unknown-peer"].map(|reason| dropped(&daemons[0], reason));
     println!("of 2000 each: {} spoofed-vtep, {} unknown-peer", counts[0], counts[1]);
     // A burst after a silence may find the fill ring short.
     assert!(counts.iter().all(|&count| count > 100), "{}", daemons[0].run_ctl(&["drops"]).unwrap());

@@ -1,8 +1,8 @@
 //! The host keeps what is the host's.
 
 use serde_json::Value;
-use xtask::lab::Namespace;
 
+use crate::outside::inventory;
 use crate::{bench, is_listening};
 
 const CONFIG: &str = r#"
@@ -16,20 +16,6 @@ ranges = ["10.244.1.0/24"]
 name = "other"
 vtep = "192.0.2.2"
 "#;
-
-/// What a daemon could leave behind in a namespace.
-fn inventory(node: &Namespace) -> String {
-    let parts: [&[&str]; 5] = [
-        &["ip", "-d", "link", "show"],
-        &["ip", "addr", "show"],
-        &["ip", "route", "show", "table", "all"],
-        &["ip", "-6", "route", "show", "table", "all"],
-        &["ip", "rule", "show"],
-    ];
-    let volatile = |line: &&str| !line.contains("valid_lft") && !line.contains("prog/xdp");
-    let text: String = parts.iter().map(|part| node.run(5, part).unwrap()).collect();
-    text.lines().filter(volatile).collect::<Vec<_>>().join("\n")
-}
 
 #[test]
 fn a_connection_between_nodes_survives_start_stop_and_kill() {

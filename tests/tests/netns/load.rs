@@ -167,9 +167,7 @@ fn an_uplink_has_a_queue_for_every_worker() {
     println!("TCP over VXLAN, two workers a node, 8 streams: {:.2} Gbit/s", rate / 1e9);
     for daemon in &daemons {
         assert_balanced(daemon);
-        let drops = daemon.ctl(&["drops"]).unwrap();
-        let no_port = drops["drops"].as_array().unwrap().iter().any(|drop| drop["reason"] == "no-port");
-        assert!(!no_port, "{drops}");
+        assert_eq!(crate::dropped(daemon, "no-port"), 0);
     }
 }
 

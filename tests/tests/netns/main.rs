@@ -94,6 +94,13 @@ fn assert_balanced(daemon: &Daemon) {
     );
 }
 
+/// How many packets a daemon has dropped for a reason.
+fn dropped(daemon: &Daemon, reason: &str) -> u64 {
+    let drops = daemon.ctl(&["drops"]).unwrap();
+    let found = drops["drops"].as_array().unwrap().iter().find(|drop| drop["reason"] == reason).cloned();
+    found.map_or(0, |drop| drop["packets"].as_u64().unwrap())
+}
+
 fn is_listening(namespace: &Namespace, port: u16) -> bool {
     let wanted = format!(":{port}");
     lab::wait_for(5, || namespace.run(5, &["ss", "-Hltn"]).is_ok_and(|text| text.contains(&wanted))).is_ok()

@@ -3,7 +3,7 @@
 use serde_json::Value;
 use xtask::lab::{self, Daemon, Lab, Namespace};
 
-use crate::{assert_balanced, bench};
+use crate::{assert_balanced, bench, dropped};
 
 const LANS: &str = r#"
 [uplink]
@@ -45,12 +45,6 @@ fn plug(lab: &mut Lab, daemon: &Daemon, name: &str, more: &[&str]) -> (Namespace
         .iter()
         .map(|address| address.as_str().unwrap().split('/').next().unwrap().to_owned());
     (pod, added["link"].as_str().unwrap().to_owned(), addresses.collect())
-}
-
-fn count(daemon: &Daemon, reason: &str) -> u64 {
-    let drops = daemon.ctl(&["drops"]).unwrap();
-    let found = drops["drops"].as_array().unwrap().iter().find(|drop| drop["reason"] == reason).cloned();
-    found.map_or(0, |drop| drop["packets"].as_u64().unwrap_or(0))
 }
 
 /// A raw socket that prints in hex what arrives, not what leaves, and has "mark" in it. The kernel takes the outermost tag
@@ -109,7 +103,7 @@ fn isolated_hairpin_and_sticky_ports() {
         let got = if reaches { one.await_ping(address).is_ok() } else { one.pings(address, 2, 2) };
         assert_eq!(got, reaches, "{address}");
     }
-    assert!(count(&daemon, "isolated") > 0, "{}", daemon.run_ctl(&["drops"]).unwrap());
+    assert!(dropped(&daemon, "isolated") > 0, "{}", daemon.run_ctl(&["drops"]).unwrap());
 
     // Two stations behind one port, as behind a bridge in a virtual machine: they hear each other if it is a hairpin.
     let (first, second) = ("02:00:00:00:0a:01", "02:00:00:00:0a:02");
@@ -137,12 +131,12 @@ fn isolated_hairpin_and_sticky_ports() {
     send(&sticky, &[frame(broadcast, first, "", 1)]);
     send(&thief, &[frame(broadcast, second, "", 1)]);
     lab::wait_for(5, || at(first).contains(&link) && at(second).contains(&other)).unwrap();
-    let before = count(&daemon, "sticky-mac");
+    let before = dropped(&daemon, "sticky-mac");
     send(&thief, &[frame(broadcast, first, "", 1)]);
     send(&sticky, &[frame(broadcast, second, "", 1)]);
     lab::wait_for(5, || at(second).contains(&link)).unwrap();
     assert!(at(first).contains(&link), "{}", at(first));
-    assert_eq!(count(&daemon, "sticky-mac"), before + 1);
+    assert_eq!(dropped(&daemon, "sticky-mac"), before + 1);
     assert_balanced(&daemon);
 }
 
