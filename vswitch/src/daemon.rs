@@ -5,12 +5,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 use arc_swap::ArcSwap;
 use crossbeam_channel::Receiver;
-use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, Notify};
 use tokio::task::spawn_local;
@@ -19,7 +18,7 @@ use vswitch_api::{Answer, ApiError, ErrorCode, Request};
 use vswitch_control::{Backend, Control, ControlConfig, HOST_PORT, HostState, PodRoutes, UPLINK_PORT};
 use vswitch_dataplane::{Event, Snapshot};
 use vswitch_link::plug::update_routes;
-use vswitch_link::{Follower, Kernel, LinkState, Watch};
+use vswitch_link::{Kernel, LinkState, Watch};
 use vswitch_net::PortId;
 
 use crate::backend::Links;
@@ -27,37 +26,23 @@ use crate::config::{Config, Poll};
 use crate::follow::{self, Followed};
 use crate::host::{self, HostLink};
 use crate::store::Store;
+use crate::tasks::EVENT_QUEUE;
 use crate::worker::{Setup, Shared, WorkerHandle, choose_cores};
-use crate::{server, uplink};
-
-/// Events that workers may be ahead of the control thread.
-const EVENT_QUEUE: usize = 16_384;
-
-/// Changes of the kernel's tables that are published together.
-const FOLLOW_BATCH: usize = 4096;
-
-/// Learned stations are published together, at most this often.
-const LEARN_INTERVAL: Duration = Duration::from_millis(5);
-
-/// News of the kernel come in flocks.
-const NEWS_INTERVAL: Duration = Duration::from_millis(20);
-
-/// The underlay is looked at this often even without news.
-const REFRESH_INTERVAL: Duration = Duration::from_secs(2);
+use crate::{server, tasks, uplink};
 
 /// Everything the control thread owns.
-struct Daemon {
-    config: Config,
+pub(crate) struct Daemon {
+    pub(crate) config: Config,
     store: Store,
-    kernel: Kernel,
-    control: RefCell<Control>,
+    pub(crate) kernel: Kernel,
+    pub(crate) control: RefCell<Control>,
     links: RefCell<Links>,
     snapshot: Arc<ArcSwap<Snapshot>>,
     /// Wakes the refresh of the underlay, after a request that may need it.
-    stale: Notify,
+    pub(crate) stale: Notify,
     /// The port into the host's stack, once made.
     host: Mutex<Option<HostLink>>,
-    followed: Mutex<Followed>,
+    pub(crate) followed: Mutex<Followed>,
     /// Routes that pods are known to have.
     pod_routes: RefCell<BTreeMap<PortId, PodRoutes>>,
     start: Instant,
@@ -96,9 +81,9 @@ async fn live(daemon: &Rc<Daemon>, watch: Watch, events: Receiver<Event>, news: 
         format!("cannot listen at {}: set daemon.socket to a path that can be written", socket.display())
     })?;
     info!("listening at {}", socket.display());
-    spawn_local(serve(daemon.clone(), listener));
-    spawn_local(learn(daemon.clone(), events, news));
-    spawn_local(follow_kernel(daemon.clone(), watch));
+    spawn_local(tasks::serve(daemon.clone(), listener));
+    spawn_local(tasks::learn(daemon.clone(), events, news));
+    spawn_local(tasks::follow_kernel(daemon.clone(), watch));
     tell_systemd("READY=1");
     wait_for_end().await?;
     tell_systemd("STOPPING=1");
@@ -291,7 +276,7 @@ impl Daemon {
         info!("{} of {before} ports taken over", self.control.borrow().links().count());
     }
 
-    async fn handle(&self, request: Request) -> Result<Answer, ApiError> {
+    pub(crate) async fn handle(&self, request: Request) -> Result<Answer, ApiError> {
         let is_change = !request.is_question();
         let asked = format!("{request}");
         if let Request::PortAdd(spec) = &request {
@@ -351,7 +336,7 @@ impl Daemon {
         }
     }
 
-    async fn refresh(&self) -> anyhow::Result<()> {
+    pub(crate) async fn refresh(&self) -> anyhow::Result<()> {
         let ports = || self.control.borrow().links().count();
         let before = ports();
         let refreshed = uplink::refresh(&self.kernel, &self.config.uplink, &self.control, &self.links).await;
@@ -431,7 +416,7 @@ impl Daemon {
         Ok(())
     }
 
-    fn publish(&self) {
+    pub(crate) fn publish(&self) {
         let snapshot = self.control.borrow_mut().take_snapshot();
         if let Some(snapshot) = snapshot {
             if let Some((local, cluster)) = self.control.borrow().direct_prefixes()
@@ -452,7 +437,7 @@ impl Daemon {
         }
     }
 
-    fn now_ns(&self) -> u64 {
+    pub(crate) fn now_ns(&self) -> u64 {
         self.start.elapsed().as_nanos() as u64
     }
 }
@@ -461,109 +446,6 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let links = self.links.get_mut();
         (0..HOST_PORT.0).for_each(|port| links.detach(PortId(port)));
-    }
-}
-
-async fn serve(daemon: Rc<Daemon>, listener: UnixListener) {
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let daemon = daemon.clone();
-                spawn_local(async move {
-                    if let Err(error) = server::serve(stream, async |request| daemon.handle(request).await).await {
-                        debug!("a connection broke: {error}");
-                    }
-                });
-            }
-            Err(error) => {
-                // Out of descriptors, most likely; some will be free again.
-                warn!("cannot accept a connection: {error}");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
-}
-
-/// Takes in what workers saw, and lets learned stations age.
-async fn learn(daemon: Rc<Daemon>, events: Receiver<Event>, news: Arc<Notify>) {
-    let mut second = tokio::time::interval(Duration::from_secs(1));
-    second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            () = news.notified() => {}
-            _ = second.tick() => daemon.control.borrow_mut().tick(daemon.now_ns()),
-        }
-        let now_ns = daemon.now_ns();
-        // No more than one queue's worth, so that requests get their turn.
-        for event in events.try_iter().take(EVENT_QUEUE) {
-            daemon.control.borrow_mut().learn(now_ns, event);
-        }
-        daemon.publish();
-        tokio::time::sleep(LEARN_INTERVAL).await;
-    }
-}
-
-/// Keeps the view of the underlay up to date.
-async fn follow_kernel(daemon: Rc<Daemon>, watch: Watch) {
-    let mut is_following = false;
-    loop {
-        // What was read before somebody listened may have changed since.
-        if !is_following && Followed::is_needed(&daemon.config.routes, &daemon.control.borrow()) {
-            let follower = listen_to_tables().await;
-            daemon.followed.lock().await.distrust();
-            spawn_local(follow_tables(daemon.clone(), follower));
-            is_following = true;
-        }
-        if let Err(error) = daemon.refresh().await {
-            warn!("the underlay could not be read: {error}");
-        }
-        tokio::time::sleep(NEWS_INTERVAL).await;
-        tokio::select! {
-            () = watch.changed() => {}
-            () = daemon.stale.notified() => {}
-            () = tokio::time::sleep(REFRESH_INTERVAL) => {}
-        }
-    }
-}
-
-/// Takes in what others write into the kernel's tables.
-async fn follow_tables(daemon: Rc<Daemon>, mut follower: Follower) {
-    loop {
-        while let Some(first) = follower.next().await {
-            let mut followed = daemon.followed.lock().await;
-            let mut next = Some(first);
-            let mut count = 0;
-            while let Some(news) = next {
-                followed.hear(news, &daemon.config.routes, &mut daemon.control.borrow_mut());
-                count += 1;
-                next = if count < FOLLOW_BATCH { follower.try_next() } else { None };
-            }
-            drop(followed);
-            daemon.control.borrow_mut().forget_unused_peers();
-            daemon.publish();
-            daemon.stale.notify_one();
-            tokio::time::sleep(LEARN_INTERVAL).await;
-        }
-        follower = listen_to_tables().await;
-        let mut followed = daemon.followed.lock().await;
-        followed.distrust();
-        if let Err(error) = followed.read(&daemon.kernel, &daemon.config.routes, &daemon.control).await {
-            warn!("the kernel's tables could not be read, which is tried again: {error}");
-        }
-        drop(followed);
-        daemon.publish();
-        daemon.stale.notify_one();
-    }
-}
-
-async fn listen_to_tables() -> Follower {
-    loop {
-        match Follower::here() {
-            Ok(follower) => return follower,
-            // Out of descriptors, most likely; some will be free again.
-            Err(error) => warn!("the kernel's tables cannot be followed, which is tried again: {error}"),
-        }
-        tokio::time::sleep(REFRESH_INTERVAL).await;
     }
 }
 

@@ -8,6 +8,7 @@ mod follow;
 mod host;
 mod server;
 mod store;
+mod tasks;
 mod uplink;
 mod worker;
 

@@ -25,6 +25,7 @@ mod backend;
 mod bridging;
 mod checks;
 mod compile;
+mod counts;
 mod desired;
 mod follow;
 mod groups;

@@ -1,29 +1,25 @@
-//! Requests that only ask.
+//! Requests that only ask; what workers counted is in `counts.rs`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use vswitch_api::{
-    Answer, ApiError, DropInfo, ErrorCode, FdbInfo, FdbTarget, FlowInfo, HostInfo, IpamInfo, NeighborInfo, NetworkInfo,
-    NetworkMode, NetworkSpec, PeerInfo, PeerSpec, PodRoute, PortInfo, PortSpec, PortStats, Request, RouteInfo,
-    SocketInfo, StatsInfo, StatusInfo, UplinkInfo, WorkerInfo,
+    Answer, ApiError, ErrorCode, FdbInfo, FdbTarget, HostInfo, IpamInfo, NeighborInfo, NetworkInfo, NetworkMode,
+    NetworkSpec, PeerInfo, PeerSpec, PodRoute, PortInfo, PortSpec, Request, RouteInfo, StatusInfo, UplinkInfo,
 };
-use vswitch_dataplane::table::flow::FlowEntry;
-use vswitch_dataplane::{Action, DropReason, Location, PortCounters};
+use vswitch_dataplane::Location;
 use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, MacAddr, NetworkIndex, PortId};
 
-use crate::backend::{Attached, Backend, WorkerSample};
+use crate::backend::{Attached, Backend};
 use crate::checks::full_length;
+use crate::counts::worker_info;
 use crate::desired::{NetworkEntry, not_found};
 use crate::follow::Followed;
 use crate::routes::routers;
 use crate::state::PortRecord;
 use crate::underlay::Uplink;
 use crate::{Control, HOST_PORT, ipam};
-
-/// A flow is shown if it had a packet within this time.
-const FLOW_RECENT_NS: u64 = 10_000_000_000;
 
 impl Control {
     pub(crate) fn report(&self, now_ns: u64, request: Request, backend: &mut dyn Backend) -> Result<Answer, ApiError> {
@@ -387,121 +383,6 @@ impl Control {
         each.map(info).collect()
     }
 
-    fn flows(&self, now_ns: u64, limit: usize, backend: &mut dyn Backend) -> Vec<FlowInfo> {
-        let samples = backend.flows(now_ns.saturating_sub(FLOW_RECENT_NS), limit);
-        let flows = samples.iter().flat_map(|sample| sample.flows.iter().map(|flow| (sample.worker, flow)));
-        flows.take(limit).map(|(worker, flow)| self.flow_info(now_ns, worker, flow)).collect()
-    }
-
-    fn flow_info(&self, now_ns: u64, worker: usize, flow: &FlowEntry) -> FlowInfo {
-        let fields = flow.key.fields();
-        let from = match fields.peer {
-            Some(peer) => format!("peer {}", self.desired.peer_name(peer)),
-            None => format!("port {}", self.link_name(fields.ingress)),
-        };
-        let with_port = |address: IpAddr, port: u16| match (fields.protocol, address) {
-            (6 | 17 | 132, IpAddr::V4(v4)) => format!("{v4}:{port}"),
-            (6 | 17 | 132, IpAddr::V6(v6)) => format!("[{v6}]:{port}"),
-            _ => address.to_string(),
-        };
-        let (source, destination) = match fields.addresses {
-            Some((source, destination)) => {
-                (with_port(source, fields.ports.source), with_port(destination, fields.ports.destination))
-            }
-            None => (fields.source_mac.to_string(), fields.destination_mac.to_string()),
-        };
-        let (action, rewrite) = match flow.action {
-            Action::Local { port, rewrite } => (format!("port {}", self.link_name(port)), rewrite),
-            Action::Encap { peer, network, rewrite } => {
-                let network = self.desired.network_name(network);
-                (format!("vxlan {network} to peer {}", self.desired.peer_name(peer)), rewrite)
-            }
-        };
-        FlowInfo {
-            worker,
-            network: self.desired.network_name(fields.network),
-            from,
-            source,
-            destination,
-            protocol: protocol_name(fields.protocol, fields.addresses.is_some()),
-            action: if rewrite.is_some() { format!("route, {action}") } else { action },
-            packets: flow.packets,
-            bytes: flow.bytes,
-            idle_ms: now_ns.saturating_sub(flow.used_ns) / 1_000_000,
-        }
-    }
-
-    fn stats(&self, workers: &[WorkerSample]) -> StatsInfo {
-        let ids = self.special_ports().chain(self.desired.ports.keys().copied());
-        let ports = ids.map(|id| self.port_stats(id, workers)).collect();
-        let mut total = PortCounters::default();
-        workers.iter().for_each(|worker| total.add(&worker.counters.total()));
-        StatsInfo {
-            ports,
-            rx_packets: total.rx_packets,
-            tx_packets: total.tx_packets,
-            drops: total.dropped(),
-            copies: total.copies,
-            is_balanced: workers.iter().all(|worker| worker.counters.balance().is_ok()),
-        }
-    }
-
-    fn port_stats(&self, id: PortId, workers: &[WorkerSample]) -> PortStats {
-        let mut sum = PortCounters::default();
-        let mut sockets = Vec::new();
-        for (worker, sample) in workers.iter().enumerate() {
-            sum.add(&sample.counters.port(id));
-            sockets.extend(sample.sockets.iter().filter(|socket| socket.port == Some(id)).map(|socket| SocketInfo {
-                worker,
-                rx_dropped: socket.kernel.rx_dropped,
-                rx_ring_full: socket.kernel.rx_ring_full,
-                rx_fill_ring_empty: socket.kernel.rx_fill_ring_empty,
-                invalid_descs: socket.kernel.rx_invalid_descs + socket.kernel.tx_invalid_descs,
-                fill_depth: socket.fill_depth,
-                kicks: socket.kicks.kicks,
-                kick_errors: socket.kicks.kick_errors,
-                oversized: socket.kicks.oversized,
-            }));
-        }
-        PortStats {
-            id,
-            link: self.link_name(id),
-            rx_packets: sum.rx_packets,
-            rx_bytes: sum.rx_bytes,
-            tx_packets: sum.tx_packets,
-            tx_bytes: sum.tx_bytes,
-            drops: sum.dropped(),
-            copies: sum.copies,
-            tx_refused: sum.tx_refused,
-            sockets,
-        }
-    }
-
-    fn drops(&self, workers: &[WorkerSample]) -> Vec<DropInfo> {
-        let ids = || self.special_ports().chain(self.desired.ports.keys().copied());
-        let count = |id: PortId, reason: DropReason| -> u64 {
-            workers.iter().map(|worker| worker.counters.port(id).drops[reason.index()]).sum()
-        };
-        let total = |reason: DropReason| -> u64 {
-            workers.iter().map(|worker| worker.counters.total().drops[reason.index()]).sum()
-        };
-        let mut drops: Vec<DropInfo> = DropReason::ALL
-            .iter()
-            .map(|&reason| DropInfo {
-                reason: reason.name().to_owned(),
-                packets: total(reason),
-                meaning: reason.sentence().to_owned(),
-                ports: ids()
-                    .map(|id| (self.link_name(id), count(id, reason)))
-                    .filter(|(_, count)| *count > 0)
-                    .collect::<BTreeMap<_, _>>(),
-            })
-            .filter(|info| info.packets > 0)
-            .collect();
-        drops.sort_by_key(|info| std::cmp::Reverse(info.packets));
-        drops
-    }
-
     fn filter(&self, network: Option<String>) -> Result<Option<NetworkIndex>, ApiError> {
         network.map(|name| self.desired.network(Some(&name)).map(|network| network.index)).transpose()
     }
@@ -512,11 +393,11 @@ impl Control {
     }
 
     /// Uplinks and the host's port, as far as they are there.
-    fn special_ports(&self) -> impl Iterator<Item = PortId> + '_ {
+    pub(crate) fn special_ports(&self) -> impl Iterator<Item = PortId> + '_ {
         self.underlay.present().map(|(port, _)| port).chain(self.host().map(|_| HOST_PORT))
     }
 
-    fn link_name(&self, port: PortId) -> String {
+    pub(crate) fn link_name(&self, port: PortId) -> String {
         match (self.underlay.uplink(port), self.host()) {
             (Some(uplink), _) => uplink.link.clone(),
             (None, Some(host)) if port == HOST_PORT => host.link.clone(),
@@ -545,34 +426,6 @@ fn pod_prefix(address: IpAddr, network: &NetworkEntry) -> IpNet {
         }
     };
     IpNet::new_assert(address, length)
-}
-
-fn worker_info(worker: usize, sample: &WorkerSample) -> WorkerInfo {
-    WorkerInfo {
-        worker,
-        core: sample.core,
-        umem_frames: sample.umem_frames,
-        umem_free: sample.umem_free,
-        errors_sent: sample.counters.errors_sent,
-        errors_held: sample.counters.errors_held,
-        flow_hits: sample.counters.flow_hits,
-        flow_misses: sample.counters.flow_misses,
-        events_lost: sample.counters.events_lost,
-        turns: sample.turns,
-        sleeps: sample.sleeps,
-    }
-}
-
-fn protocol_name(protocol: u8, is_ip: bool) -> String {
-    match protocol {
-        _ if !is_ip => "ethernet".to_owned(),
-        1 => "icmp".to_owned(),
-        6 => "tcp".to_owned(),
-        17 => "udp".to_owned(),
-        58 => "icmpv6".to_owned(),
-        132 => "sctp".to_owned(),
-        other => format!("ip/{other}"),
-    }
 }
 
 /// What a record says by itself.
