@@ -144,6 +144,7 @@ fn snapshot() -> Snapshot {
         router_v6: None,
         mss: None,
         is_transparent: false,
+        learns: true,
         multicast_routers: None,
         ports: vec![POD, OTHER_POD],
         flood_peers: Vec::new(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use vswitch_api::{Answer, ApiError, PortInfo, PortSpec, Request};
 use vswitch_control::{
-    Attached, Backend, Control, ControlConfig, FlowSample, NextHop, Own, OwnWay, UPLINK_PORT, UplinkState, WorkerSample,
+    Attached, Backend, Control, ControlConfig, FlowSample, NextHop, Own, UPLINK_PORT, UplinkState, WorkerSample,
 };
 use vswitch_dataplane::{Counters, DropReason, PortIo, Snapshot, Worker, WorkerConfig};
 use vswitch_net::{MacAddr, PortId, checksum};
@@ -246,14 +246,7 @@ impl Switch {
             self.snapshot = snapshot;
         }
         for Own { way, bytes } in self.control.take_own() {
-            let worker = &mut self.backend.worker;
-            match way {
-                OwnWay::Flood { network, from } => {
-                    worker.originate(self.now_ns, &self.snapshot, network, Some(from), &bytes);
-                }
-                OwnWay::Ports(network) => worker.originate(self.now_ns, &self.snapshot, network, None, &bytes),
-                OwnWay::Port(port) => worker.originate_by(self.now_ns, &self.snapshot, port, &bytes),
-            }
+            self.backend.worker.originate(self.now_ns, &self.snapshot, way, &bytes);
         }
     }
 }

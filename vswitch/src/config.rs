@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use vswitch_api::{Encap, NetworkSpec, PeerSpec, Request, RouteSpec};
 use vswitch_control::MAX_UPLINKS;
+use vswitch_net::MacAddr;
 use vswitch_xsk::{XdpPreference, ZeroCopy};
 
 /// The file.
@@ -49,6 +50,7 @@ pub(crate) struct Uplink {
     pub(crate) links: Vec<String>,
     pub(crate) vlan: Option<u16>,
     pub(crate) gateway: Vec<IpAddr>,
+    pub(crate) router_mac: Option<MacAddr>,
     pub(crate) vtep: Vec<IpAddr>,
     pub(crate) udp_port: u16,
     pub(crate) zero_copy: ZeroCopyMode,
@@ -142,6 +144,7 @@ impl Default for Uplink {
             links: Vec::new(),
             vlan: None,
             gateway: Vec::new(),
+            router_mac: None,
             vtep: Vec::new(),
             udp_port: vswitch_net::VXLAN_PORT,
             zero_copy: ZeroCopyMode::Auto,

@@ -1,6 +1,6 @@
 //! The control thread: the one writer. Socket, kernel news, workers' events and time all end in [`Control`].
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
@@ -30,6 +30,9 @@ use crate::tasks::EVENT_QUEUE;
 use crate::worker::{Setup, Shared, WorkerHandle, choose_cores};
 use crate::{server, tasks, uplink};
 
+/// A host port that could not be made is tried again this much later.
+const HOST_RETRY_NS: u64 = 5_000_000_000;
+
 /// Everything the control thread owns.
 pub(crate) struct Daemon {
     pub(crate) config: Config,
@@ -42,6 +45,8 @@ pub(crate) struct Daemon {
     pub(crate) stale: Notify,
     /// The port into the host's stack, once made.
     host: Mutex<Option<HostLink>>,
+    /// When it is tried again to make it, if it was lost and could not be.
+    host_retry_ns: Cell<u64>,
     pub(crate) followed: Mutex<Followed>,
     /// Routes that pods are known to have.
     pod_routes: RefCell<BTreeMap<PortId, PodRoutes>>,
@@ -125,6 +130,7 @@ fn control_config(config: &Config) -> ControlConfig {
         udp_port: config.uplink.udp_port,
         vlan: config.uplink.vlan,
         gateways: config.uplink.gateway.clone(),
+        router_mac: config.uplink.router_mac,
         uplinks: config.uplink.all().cloned().collect(),
         host_network: config.host.network.clone(),
         is_importing: config.routes.is_importing(),
@@ -177,6 +183,7 @@ impl Daemon {
             snapshot,
             stale: Notify::new(),
             host: Mutex::new(None),
+            host_retry_ns: Cell::new(0),
             followed: Mutex::new(Followed::default()),
             pod_routes: RefCell::new(BTreeMap::new()),
             start,
@@ -259,8 +266,7 @@ impl Daemon {
         if host.is_some() {
             self.links.borrow_mut().detach(HOST_PORT);
         }
-        let udp_ports = host.map(|host| host.udp_ports()).unwrap_or_default();
-        host::take_back(&self.kernel, &self.config.daemon.runtime_dir, &udp_ports).await;
+        host::take_back(&self.kernel, &self.config.daemon.runtime_dir, host).await;
     }
 
     /// Adopts the ports of the last daemon.
@@ -389,8 +395,11 @@ impl Daemon {
                 self.links.borrow_mut().detach(HOST_PORT);
                 self.host.lock().await.take();
             }
+            // Each try makes and deletes links, which is news that would wake the next.
+            None if self.now_ns() < self.host_retry_ns.get() => return,
             None => {}
         }
+        self.host_retry_ns.set(self.now_ns() + HOST_RETRY_NS);
         if let Err(error) = self.attach_host().await {
             let reason = format!("{error:#}; it is tried again");
             if self.control.borrow_mut().set_host(Err(reason.clone())) {

@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use tracing::{debug, info, warn};
 use vswitch_control::Control;
 use vswitch_link::{
-    Coming, ExternNeighbor, Forwarding, HOST_PROTOCOL, Kernel, KernelRoute, LinkError, LinkState, News,
+    Coming, ExternNeighbor, Forwarding, HOST_PROTOCOL, Kernel, KernelRoute, LinkError, LinkState, News, REMOTE_PROTOCOL,
 };
 use vswitch_net::{MacAddr, NetworkIndex};
 
@@ -260,7 +260,7 @@ impl Followed {
     /// The gateways of a route that is to be followed: of the table, by a routing daemon, out of an uplink.
     fn gateways_of(&self, route: &KernelRoute, config: &Routes) -> Vec<IpAddr> {
         let is_wanted = route.table == config.table
-            && route.protocol != HOST_PROTOCOL
+            && ![HOST_PROTOCOL, REMOTE_PROTOCOL].contains(&route.protocol)
             && config.protocols.contains(&route.protocol);
         let by_uplink = |hop: &&vswitch_link::Route| self.uplinks.contains(&hop.ifindex);
         let gateways = route.next_hops.iter().filter(by_uplink).filter_map(|hop| hop.gateway);

@@ -16,7 +16,7 @@ use anyhow::{Context, anyhow, bail};
 use ipnet::IpNet;
 use tracing::{info, warn};
 use vswitch_control::HostPlan;
-use vswitch_link::{HostRoute, Kernel, LinkError};
+use vswitch_link::{HOST_PROTOCOL, HostRoute, Kernel, LinkError, REMOTE_PROTOCOL};
 use vswitch_net::{MacAddr, POD_LINK_MTU};
 
 use crate::config::Host;
@@ -29,8 +29,8 @@ const FORWARDING_V6: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
 #[derive(Debug)]
 pub(crate) struct HostLink {
     config: Host,
-    /// Where it is noted what to take back.
-    note: PathBuf,
+    /// What is to be taken back; noted in a file too, for the next daemon.
+    noted: String,
     ifindex: u32,
     /// The host's end.
     pub(crate) mac: MacAddr,
@@ -62,18 +62,19 @@ impl HostLink {
         runtime_dir: &Path,
         workers: u32,
     ) -> anyhow::Result<HostLink> {
-        let note = note_of(runtime_dir);
         // A link that was lost is noted already, with what was done beside it.
-        if !note.exists() {
-            fs::write(&note, format!("{NOTED_LINK} {}\n", config.link))
-                .with_context(|| format!("cannot write {}", note.display()))?;
-        }
+        let note = note_of(runtime_dir);
+        let noted = match fs::read_to_string(&note) {
+            Ok(noted) => noted,
+            Err(_) => format!("{NOTED_LINK} {}\n", config.link),
+        };
+        fs::write(&note, &noted).with_context(|| format!("cannot write {}", note.display()))?;
         kernel.remove_own_routes().await?;
         let mac = kernel.create_host_veth(&config.link, &config.switch_link(), POD_LINK_MTU, workers).await?;
         let link = kernel.link(&config.link).await?.ok_or_else(|| anyhow!("link {} is gone again", config.link))?;
-        let host = HostLink {
+        let mut host = HostLink {
             config: config.clone(),
-            note,
+            noted,
             ifindex: link.ifindex,
             mac,
             done: HostPlan::default(),
@@ -88,7 +89,7 @@ impl HostLink {
             looked_ns: 0,
         };
         if config.forwarding {
-            host.switch_forwarding_on();
+            host.switch_forwarding_on(runtime_dir);
         }
         Ok(host)
     }
@@ -226,9 +227,14 @@ impl HostLink {
     /// The host reaches pods by its main table; another one is for routing daemons to read.
     async fn set_routes(&mut self, kernel: &Kernel, plan: &HostPlan) -> anyhow::Result<()> {
         let tables = BTreeSet::from([MAIN_TABLE, self.config.table]);
-        let own = |table| plan.ranges.iter().map(move |&prefix| (table, HostRoute { prefix, mtu: None }));
+        let own = |table| {
+            plan.ranges.iter().map(move |&prefix| (table, HostRoute { prefix, mtu: None, protocol: HOST_PROTOCOL }))
+        };
         let own = tables.into_iter().flat_map(own);
-        let remote = plan.remote.iter().map(|&(prefix, mtu)| (MAIN_TABLE, HostRoute { prefix, mtu: Some(mtu) }));
+        let remote = plan
+            .remote
+            .iter()
+            .map(|&(prefix, mtu)| (MAIN_TABLE, HostRoute { prefix, mtu: Some(mtu), protocol: REMOTE_PROTOCOL }));
         let wanted: BTreeSet<(u32, HostRoute)> = own.chain(remote).collect();
         let old: Vec<_> = self.routes.difference(&wanted).copied().collect();
         for (table, route) in old {
@@ -270,20 +276,15 @@ impl HostLink {
         Ok(())
     }
 
-    /// Ports of the host whose UDP leads to pods.
-    pub(crate) fn udp_ports(&self) -> BTreeSet<u16> {
-        self.udp.iter().map(|&(port, _)| port).collect()
-    }
-
     /// IPv4 only: with IPv6 forwarding a host stops to listen to its own router, which is not ours to decide.
-    fn switch_forwarding_on(&self) {
+    fn switch_forwarding_on(&mut self, runtime_dir: &Path) {
         let Ok(before) = fs::read_to_string(FORWARDING_V4) else { return };
         if before.trim() != "0" {
             return;
         }
         // The note first: a crash between the two must not make the change permanent.
-        let note = format!("{NOTED_LINK} {}\n{}", self.config.link, note_settings());
-        let done = fs::write(&self.note, note).and_then(|()| fs::write(FORWARDING_V4, "1"));
+        self.noted = format!("{NOTED_LINK} {}\n{}", self.config.link, note_settings());
+        let done = fs::write(note_of(runtime_dir), &self.noted).and_then(|()| fs::write(FORWARDING_V4, "1"));
         match done {
             Ok(()) => info!("net.ipv4.ip_forward is on as long as the daemon runs"),
             Err(error) => warn!("net.ipv4.ip_forward could not be set: {error}"),
@@ -307,15 +308,16 @@ fn note_of(runtime_dir: &Path) -> PathBuf {
 }
 
 /// Takes back what was done to the host, by this daemon or by an earlier one of the same runtime directory: rules, flows
-/// of UDP that they led to pods, routes, veth, settings. Nothing if there is no note of any.
-pub(crate) async fn take_back(kernel: &Kernel, runtime_dir: &Path, udp_ports: &BTreeSet<u16>) {
+/// of UDP that they led to pods, routes, veth, settings. Nothing if nothing was done.
+pub(crate) async fn take_back(kernel: &Kernel, runtime_dir: &Path, held: Option<HostLink>) {
     let path = note_of(runtime_dir);
-    let Ok(note) = fs::read_to_string(&path) else { return };
+    let Some(note) = fs::read_to_string(&path).ok().or_else(|| Some(held.as_ref()?.noted.clone())) else { return };
+    let udp_ports = held.iter().flat_map(|held| &held.udp).map(|&(port, _)| port).collect();
     let has_rules = list_rules().is_ok_and(|rules| rules.is_some());
     if has_rules && let Err(error) = replace_rules(None) {
         warn!("the table inet vswitch stays: {error:#}");
     }
-    forget_udp_flows(kernel, udp_ports).await;
+    forget_udp_flows(kernel, &udp_ports).await;
     if let Err(error) = kernel.remove_own_routes().await {
         warn!("routes of the host to pods stay: {error}");
     }

@@ -47,7 +47,10 @@ pub(crate) async fn refresh(
         }
     }
     let vtep = match present.first() {
-        Some((_, _, link)) => choose_vtep(config, &kernel.addresses(link.ifindex).await?),
+        Some((port, _, link)) => {
+            let addresses = kernel.addresses(link.ifindex).await?;
+            choose_vtep(config, &addresses, control.borrow().uplink(*port))
+        }
         None => return Ok(all),
     };
     let own = kernel.all_addresses().await?;
@@ -128,15 +131,20 @@ async fn next_hops(
     Ok(next_hops)
 }
 
-/// The addresses of the configuration, or the link's first ones.
-fn choose_vtep(config: &Uplink, addresses: &[IpAddr]) -> Vtep {
-    let candidates = if config.vtep.is_empty() { addresses } else { &config.vtep };
-    Vtep {
-        v4: candidates.iter().find_map(|address| if let IpAddr::V4(v4) = address { Some(*v4) } else { None }),
-        v6: candidates.iter().find_map(|address| if let IpAddr::V6(v6) = address { Some(*v6) } else { None }),
-        port: config.udp_port,
-        vlan: config.vlan,
-    }
+/// The addresses of the configuration, or the link's: those in use as long as it has them, or its oldest.
+fn choose_vtep(config: &Uplink, addresses: &[IpAddr], known: Option<&UplinkState>) -> Vtep {
+    let v4 = |address: &IpAddr| if let IpAddr::V4(v4) = address { Some(*v4) } else { None };
+    let v6 = |address: &IpAddr| if let IpAddr::V6(v6) = address { Some(*v6) } else { None };
+    let present = |address: IpAddr| addresses.contains(&address);
+    let (first_v4, first_v6) = if config.vtep.is_empty() {
+        let kept_v4 = known.and_then(|known| known.v4).filter(|&v4| present(v4.into()));
+        let kept_v6 = known.and_then(|known| known.v6).filter(|&v6| present(v6.into()));
+        // The kernel lists IPv4 addresses from the oldest on, and IPv6 addresses from the newest.
+        (kept_v4.or_else(|| addresses.iter().find_map(v4)), kept_v6.or_else(|| addresses.iter().rev().find_map(v6)))
+    } else {
+        (config.vtep.iter().find_map(v4), config.vtep.iter().find_map(v6))
+    };
+    Vtep { v4: first_v4, v6: first_v6, port: config.udp_port, vlan: config.vlan }
 }
 
 /// A configured VTEP that no link of this node has. With a tag of our own the kernel need not know it.
@@ -206,6 +214,9 @@ fn update(change: &Change<'_>, config: &Uplink, control: &mut Control, links: &m
     let stacked =
         is_stacked(link).then(|| format!("a {} link: always copy mode", link.kind.as_deref().unwrap_or_default()));
     let refused = attached.zero_copy_refusal.as_ref().map(|error| format!("zero copy refused: {error}"));
+    if let Some(renamed) = renamed.as_ref().filter(|_| known.as_ref().is_some_and(|known| known.link != link.name)) {
+        warn!("uplink {}: {renamed}", link.name);
+    }
     let standing: Vec<String> = renamed.into_iter().chain(foreign).chain(stacked).chain(refused).collect();
     let before = known.as_ref().and_then(|known| known.note.as_deref());
     let before = before.and_then(|note| note.split("; ").find(|part| !is_standing(part)).map(str::to_owned));
@@ -278,11 +289,11 @@ mod tests {
     fn configured_addresses_win() {
         let addresses: Vec<IpAddr> = ["192.0.2.1", "192.0.2.9", "2001:db8::1"].map(|a| a.parse().unwrap()).into();
         let mut config = Uplink::default();
-        let vtep = choose_vtep(&config, &addresses);
+        let vtep = choose_vtep(&config, &addresses, None);
         assert_eq!(vtep.v4, Some(Ipv4Addr::new(192, 0, 2, 1)));
         assert_eq!(vtep.v6, "2001:db8::1".parse::<Ipv6Addr>().ok());
         config.vtep = vec!["192.0.2.9".parse().unwrap()];
-        let vtep = choose_vtep(&config, &addresses);
+        let vtep = choose_vtep(&config, &addresses, None);
         assert_eq!((vtep.v4, vtep.v6), (Some(Ipv4Addr::new(192, 0, 2, 9)), None));
         assert_eq!(foreign_vtep(&config, &addresses), None);
         assert_eq!(foreign_vtep(&config, &addresses[..1]), Some("192.0.2.9".parse().unwrap()));

@@ -13,7 +13,7 @@ use arc_swap::{ArcSwap, Cache};
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use tokio::sync::Notify;
-use vswitch_control::{FlowSample, Own, OwnWay, SocketSample, WorkerSample};
+use vswitch_control::{FlowSample, Own, SocketSample, WorkerSample};
 use vswitch_dataplane::{Event, PortIo, Snapshot, Worker, WorkerConfig};
 use vswitch_net::PortId;
 use vswitch_xsk::{Binder, BoundSocket, Closing, Packet, TxChecksum, Umem, XskSocket};
@@ -282,13 +282,7 @@ impl WorkerThread {
                 let now_ns = self.shared.start.elapsed().as_nanos() as u64;
                 let snapshot = self.snapshot.load();
                 for Own { way, bytes } in packets {
-                    match way {
-                        OwnWay::Flood { network, from } => {
-                            self.worker.originate(now_ns, snapshot, network, Some(from), &bytes);
-                        }
-                        OwnWay::Ports(network) => self.worker.originate(now_ns, snapshot, network, None, &bytes),
-                        OwnWay::Port(port) => self.worker.originate_by(now_ns, snapshot, port, &bytes),
-                    }
+                    self.worker.originate(now_ns, snapshot, way, &bytes);
                 }
             }
             Command::Sample(answer) => {

@@ -1,6 +1,5 @@
 //! What bridged networks do beyond forwarding: groups, neighbors, storms, limits, mirrors, announcements.
 
-use etherparse::PacketBuilder;
 use vswitch_api::{Answer, FdbTarget, PortInfo};
 use vswitch_control::UPLINK_PORT;
 use vswitch_dataplane::DropReason;
@@ -11,7 +10,7 @@ use vswitch_tests::twin::WIRE_MACS;
 
 use super::{bad_input, mac};
 
-fn add(switch: &mut Switch, port: &str) -> PortInfo {
+pub(super) fn add(switch: &mut Switch, port: &str) -> PortInfo {
     match switch.ask_json(&format!(r#"{{"op":"port_add",{port}}}"#)) {
         Ok(Answer::Port(info)) => *info,
         other => panic!("{other:?}"),
@@ -19,7 +18,7 @@ fn add(switch: &mut Switch, port: &str) -> PortInfo {
 }
 
 /// A bridged network "lan" with a peer and three ports; `more` is more of the network.
-fn lan(more: &str) -> (Switch, [PortId; 3]) {
+pub(super) fn lan(more: &str) -> (Switch, [PortId; 3]) {
     let mut switch = Switch::new().with_uplink(WIRE_MACS[0], Some("192.0.2.1"), None, 1500);
     switch
         .ask_json(&format!(
@@ -39,87 +38,9 @@ fn lan(more: &str) -> (Switch, [PortId; 3]) {
 }
 
 /// How many packets left by each port, the wire last.
-fn drain(switch: &mut Switch, ports: &[PortId]) -> Vec<usize> {
+pub(super) fn drain(switch: &mut Switch, ports: &[PortId]) -> Vec<usize> {
     switch.settle();
     ports.iter().chain([&UPLINK_PORT]).map(|&port| switch.take(port).len()).collect()
-}
-
-fn igmp(from: u8, kind: u8, group: [u8; 4]) -> Vec<u8> {
-    let mut body = vec![kind, 0, 0, 0, group[0], group[1], group[2], group[3]];
-    if kind == 0x22 {
-        // IGMPv3: one record, "exclude nothing".
-        body = vec![0x22, 0, 0, 0, 0, 0, 0, 1, 4, 0, 0, 0, group[0], group[1], group[2], group[3]];
-    }
-    let sum = checksum::finish(checksum::sum(&body));
-    body[2..4].copy_from_slice(&sum.to_be_bytes());
-    let mut frame = Vec::new();
-    let to = [1, 0, 0x5e, group[1] & 127, group[2], group[3]];
-    PacketBuilder::ethernet2(mac(from).0, to)
-        .ipv4([10, 9, 0, from], group, 1)
-        .write(&mut frame, etherparse::IpNumber(2), &body)
-        .unwrap();
-    frame
-}
-
-fn to_group(from: u8) -> Vec<u8> {
-    let ends = Ends { from: mac(from), to: MacAddr([1, 0, 0x5e, 1, 2, 3]) };
-    frames::udp(ends, &format!("10.9.0.{from}"), "239.1.2.3", b"x")
-}
-
-const GROUP: [u8; 4] = [239, 1, 2, 3];
-
-#[test]
-fn multicast_goes_to_members_only_where_it_is_snooped() {
-    let (mut switch, ports) = lan(r#","multicast_snooping":true"#);
-    switch.send(ports[0], &to_group(1));
-    assert_eq!(drain(&mut switch, &ports), [0, 0, 0, 0], "nobody has asked");
-    assert_eq!(switch.drop_of(ports[0], &to_group(1)), Some(DropReason::NoMember));
-    for (kind, port) in [(0x16, 1), (0x22, 2)] {
-        switch.send(ports[port], &igmp(port as u8 + 1, kind, GROUP));
-        assert_eq!(drain(&mut switch, &ports), [0, 0, 0, 1], "a report goes to peers, not to other hosts");
-    }
-    switch.send(ports[0], &to_group(1));
-    assert_eq!(drain(&mut switch, &ports), [0, 1, 1, 0]);
-    switch.send(ports[1], &igmp(2, 0x17, GROUP));
-    drain(&mut switch, &ports);
-    switch.send(ports[0], &to_group(1));
-    assert_eq!(drain(&mut switch, &ports), [0, 0, 1, 0], "one left");
-    // A router gets everything from then on.
-    switch.send(ports[1], &igmp(2, 0x11, [224, 0, 0, 1]));
-    drain(&mut switch, &ports);
-    switch.send(ports[0], &to_group(1));
-    assert_eq!(drain(&mut switch, &ports), [0, 1, 1, 0]);
-    let Ok(Answer::Groups { groups }) = switch.ask_json(r#"{"op":"group_list"}"#) else { panic!() };
-    assert_eq!((groups.len(), &groups[0].at), (1, &FdbTarget::Port("p3".into())));
-    // Link-local groups go to all (RFC 4541), and so does what is no IP.
-    let mdns =
-        frames::udp(Ends { from: mac(1), to: MacAddr([1, 0, 0x5e, 0, 0, 251]) }, "10.9.0.1", "224.0.0.251", b"x");
-    switch.send(ports[0], &mdns);
-    assert_eq!(drain(&mut switch, &ports), [0, 1, 1, 1]);
-    // Who is silent is forgotten.
-    switch.pass(261_000_000_000);
-    drain(&mut switch, &ports);
-    assert_eq!(switch.drop_of(ports[0], &to_group(1)), Some(DropReason::NoMember));
-}
-
-#[test]
-fn members_are_asked_by_both_families() {
-    let (mut switch, ports) = lan(r#","multicast_snooping":true"#);
-    switch.pass(126_000_000_000);
-    switch.settle();
-    let asked = switch.take(ports[0]);
-    assert_eq!(asked.len(), 2);
-    let v4 = etherparse::SlicedPacket::from_ethernet(&asked[0]).unwrap();
-    let Some(etherparse::NetSlice::Ipv4(ip)) = v4.net else { panic!() };
-    assert_eq!((ip.header().ttl(), ip.payload().payload[0]), (1, 0x11));
-    assert_eq!(checksum::fold(checksum::sum(ip.payload().payload)), 0xffff);
-    let v6 = etherparse::SlicedPacket::from_ethernet(&asked[1]).unwrap();
-    let Some(etherparse::NetSlice::Ipv6(ip)) = v6.net else { panic!() };
-    let (from, to) = (ip.header().source_addr(), ip.header().destination_addr());
-    let body = ip.payload().payload;
-    assert_eq!((ip.header().hop_limit(), body[0], from.is_unicast_link_local()), (1, 130, true));
-    let sum = checksum::pseudo_v6(from, to, 58, body.len() as u32) + checksum::sum(body);
-    assert_eq!(checksum::fold(sum), 0xffff);
 }
 
 #[test]
@@ -308,27 +229,88 @@ fn a_tag_is_not_counted_in_a_ports_mtu() {
 }
 
 #[test]
-fn peers_are_not_asked_and_may_have_many_groups() {
-    let (mut switch, ports) = lan(r#","multicast_snooping":true"#);
-    switch.pass(126_000_000_000);
-    assert_eq!(drain(&mut switch, &ports), [2, 2, 2, 0], "who asked a peer would get all of its multicast");
-    // A thousand groups of pods behind the peer; a port has 128 and what is beyond is counted.
-    let taken = |switch: &mut Switch| match switch.ask_json(r#"{"op":"group_list"}"#) {
-        Ok(Answer::Groups { groups }) => groups.len(),
-        other => panic!("{other:?}"),
-    };
-    let group = |number: u16| [239, 1, (number >> 8) as u8, number as u8];
-    for number in 0..1000 {
-        let frame = bad_input::outer("192.0.2.2", "192.0.2.1", 4789, 9, &igmp(9, 0x16, group(number)));
-        switch.send(UPLINK_PORT, &frame);
-        switch.settle();
+fn stations_behind_one_hairpin_find_each_other() {
+    let mut switch = Switch::new().with_uplink(WIRE_MACS[0], Some("192.0.2.1"), None, 1500);
+    let more = r#""mode":"bridged","spoof_check":false,"subnets":["10.9.0.0/16"]"#;
+    switch.ask_json(&format!(r#"{{"op":"network_add","name":"lan","vni":9,{more}}}"#)).unwrap();
+    let pin = add(&mut switch, r#""link":"pin","mac":"02:00:00:00:00:01","network":"lan","hairpin":true"#).id;
+    let other =
+        add(&mut switch, r#""link":"other","mac":"02:00:00:00:00:02","network":"lan","addresses":["10.9.0.2"]"#);
+    switch.settle();
+    assert!(switch.take(pin).len() == 1 && switch.take(other.id).is_empty(), "an announcement does not come back");
+    switch.send(pin, &frames::arp_request(mac(50), "10.9.0.50", "10.9.0.51"));
+    assert_eq!(drain(&mut switch, &[pin, other.id])[..2], [1, 1]);
+    switch.send(pin, &frames::udp(Ends { from: mac(50), to: mac(51) }, "10.9.0.50", "10.9.0.51", b"x"));
+    assert_eq!(drain(&mut switch, &[pin, other.id])[..2], [1, 1], "nobody knows where it is");
+    switch.send(pin, &frames::udp(Ends { from: mac(51), to: mac(50) }, "10.9.0.51", "10.9.0.50", b"x"));
+    assert_eq!(drain(&mut switch, &[pin, other.id])[..2], [1, 0]);
+}
+
+/// A station that is not known may be anywhere, also where its packet fits.
+#[test]
+fn a_flood_is_no_reason_to_speak() {
+    let (mut switch, ports) = lan("");
+    let mut frame = frames::udp(Ends { from: mac(1), to: mac(0x88) }, "10.9.0.1", "10.9.0.88", &[0; 3000]);
+    frame[20] |= 0x40;
+    frame[24..26].fill(0);
+    let sum = checksum::finish(checksum::sum(&frame[14..34]));
+    frame[24..26].copy_from_slice(&sum.to_be_bytes());
+    switch.send(ports[0], &frame);
+    assert_eq!(drain(&mut switch, &ports), [0, 1, 1, 0]);
+    // Where it is known to be behind a peer, its sender is told what fits.
+    let station = r#"{"op":"fdb_add","network":"lan","mac":"02:00:00:00:00:88","at":{"peer":"other"}}"#;
+    switch.ask_json(station).unwrap();
+    switch.send(ports[0], &frame);
+    assert_eq!(drain(&mut switch, &ports), [1, 0, 0, 0]);
+    assert_eq!(switch.counters().errors_sent, 1);
+    // What nobody is told of is not counted as told.
+    switch.control.set_next_hops("192.0.2.2".parse().unwrap(), Vec::new());
+    switch.settle();
+    let small = frames::udp(Ends { from: mac(1), to: mac(0x88) }, "10.9.0.1", "10.9.0.88", b"x");
+    assert_eq!(switch.drop_of(ports[0], &small), Some(DropReason::NoNeighbor));
+    assert_eq!((switch.counters().errors_sent, switch.counters().errors_held), (1, 0));
+}
+
+#[test]
+fn a_mirror_shows_the_tags_of_a_trunk() {
+    let mut switch = Switch::new().with_uplink(WIRE_MACS[0], Some("192.0.2.1"), None, 1500);
+    for (name, vni) in [("red", 10), ("blue", 20), ("span", 99)] {
+        let more = format!(r#""vni":{vni},"mode":"bridged","spoof_check":false,"vlan":{vni}"#);
+        switch.ask_json(&format!(r#"{{"op":"network_add","name":"{name}",{more}}}"#)).unwrap();
     }
-    assert_eq!(taken(&mut switch), 1000);
-    for number in 0..200 {
-        switch.send(ports[0], &igmp(1, 0x16, group(2000 + number)));
-        switch.settle();
+    let trunk = add(&mut switch, r#""link":"t","mac":"02:00:00:00:00:01","network":"red","trunk":[20]"#).id;
+    let blue = add(&mut switch, r#""link":"b","mac":"02:00:00:00:00:03","network":"blue""#).id;
+    let probe = add(&mut switch, r#""link":"probe","mac":"02:00:00:00:00:0f","network":"span""#).id;
+    switch.ask_json(r#"{"op":"mirror_add","name":"m","ports":["t"],"to":{"port":"probe"}}"#).unwrap();
+    drain(&mut switch, &[trunk, blue, probe]);
+    let out = frames::udp(Ends { from: mac(1), to: mac(3) }, "10.9.0.1", "10.9.0.9", b"x");
+    let back = frames::udp(Ends { from: mac(3), to: mac(1) }, "10.9.0.9", "10.9.0.1", b"x");
+    // With a priority, too; and with a checksum that is left to the device.
+    let tagged = |frame: &[u8], high| [&frame[..12], &[0x81, 0, high, 20], &frame[12..]].concat();
+    switch.send(trunk, &tagged(&frames::partial(out.clone()), 0xa0));
+    switch.settle();
+    switch.send(blue, &back);
+    switch.settle();
+    assert_eq!(switch.take(probe), [tagged(&out, 0xa0), tagged(&back, 0)]);
+}
+
+#[test]
+fn where_nothing_is_learned_all_copies_reach_all_ports() {
+    let mut switch = Switch::new().with_uplink(WIRE_MACS[0], Some("192.0.2.1"), None, 1500);
+    let network = r#"{"op":"network_add","name":"span","vni":9,"mode":"bridged","spoof_check":false,"learning":false}"#;
+    switch.ask_json(network).unwrap();
+    switch.ask_json(r#"{"op":"peer_add","name":"other","vtep":"192.0.2.2"}"#).unwrap();
+    let probe = add(&mut switch, r#""link":"probe","mac":"02:00:00:00:00:0f","network":"span""#).id;
+    drain(&mut switch, &[probe]);
+    // Both sides of a conversation, as a mirror elsewhere sends them.
+    for ends in [Ends { from: mac(1), to: mac(2) }, Ends { from: mac(2), to: mac(1) }] {
+        let copy = frames::udp(ends, "10.9.0.1", "10.9.0.2", b"x");
+        for _ in 0..2 {
+            switch.send(UPLINK_PORT, &bad_input::outer("192.0.2.2", "192.0.2.1", 4789, 9, &copy));
+            switch.settle();
+            assert_eq!(switch.take(probe), std::slice::from_ref(&copy));
+        }
     }
-    assert_eq!(taken(&mut switch), 1128);
-    let Ok(Answer::Ports { ports }) = switch.ask_json(r#"{"op":"port_list"}"#) else { panic!() };
-    assert_eq!(ports.iter().map(|port| port.groups_refused).collect::<Vec<_>>(), [72, 0, 0]);
+    let routed = r#"{"op":"network_add","name":"x","vni":8,"learning":false}"#;
+    assert!(switch.ask_json(routed).unwrap_err().message.contains("learning = false"));
 }

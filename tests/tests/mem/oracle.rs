@@ -22,6 +22,7 @@ fn snapshot() -> Snapshot {
         router_v6: None,
         mss: None,
         is_transparent: false,
+        learns: true,
         multicast_routers: None,
         ports: vec![PortId(0)],
         flood_peers: Vec::new(),

@@ -211,3 +211,31 @@ fn what_comes_to_lead_to_this_node_leads_nowhere_else() {
     let Ok(Answer::Routes { routes }) = switch.ask_json(r#"{"op":"route_list"}"#) else { panic!() };
     assert!(!routes.iter().any(|route| route.is_imported), "{routes:?}");
 }
+
+#[test]
+fn a_station_that_waits_is_listed_and_can_be_removed() {
+    let (mut switch, _, _) = lan();
+    switch.ask_json(r#"{"op":"fdb_add","network":"lan","mac":"02:00:00:00:00:77","at":{"port":"p1"}}"#).unwrap();
+    let state = switch.control.state("boot");
+    let wait = || {
+        let mut next = Switch::new();
+        next.backend.broken.push("p1".to_owned());
+        next.control.restore(state.clone(), &mut next.backend);
+        next.backend.broken.clear();
+        let Ok(Answer::Fdb { stations }) = next.ask_json(r#"{"op":"fdb_list"}"#) else { panic!() };
+        assert!(stations.iter().any(|station| station.mac == MacAddr([2, 0, 0, 0, 0, 0x77])), "{stations:?}");
+        let Ok(Answer::Ports { ports }) = next.ask_json(r#"{"op":"port_list","link":"p1"}"#) else { panic!() };
+        assert_eq!(ports[0].waiting.as_deref(), Some("no link p1"), "it says why it waits");
+        next
+    };
+    let mut next = wait();
+    next.ask_json(r#"{"op":"fdb_del","network":"lan","mac":"02:00:00:00:00:77"}"#).unwrap();
+    next.control.adopt_waiting(|_| true, &mut next.backend);
+    assert!(next.control.state("boot").stations.is_empty());
+    // One that was moved meanwhile does not come back.
+    let mut next = wait();
+    next.ask_json(r#"{"op":"fdb_add","network":"lan","mac":"02:00:00:00:00:77","at":{"port":"p2"}}"#).unwrap();
+    next.control.adopt_waiting(|_| true, &mut next.backend);
+    let stations = next.control.state("boot").stations;
+    assert_eq!((stations.len(), stations[0].at.to_string().as_str()), (1, "port p2"));
+}

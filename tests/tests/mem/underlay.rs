@@ -48,6 +48,7 @@ fn switch(encap: &str, vlan: Option<u16>) -> (Switch, PortId) {
         follow: None,
         vlan: None,
         transparent: false,
+        learning: true,
         neighbor_suppression: true,
         multicast_snooping: false,
         storm: None,

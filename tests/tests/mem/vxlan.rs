@@ -2,13 +2,14 @@
 
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use vswitch_api::PortInfo;
-use vswitch_control::UPLINK_PORT;
+use vswitch_control::{Control, ControlConfig, UPLINK_PORT};
 use vswitch_dataplane::DropReason;
-use vswitch_net::{GATEWAY_MAC, checksum};
+use vswitch_net::{GATEWAY_MAC, MacAddr, checksum};
 use vswitch_tests::frames::{self, Ends};
+use vswitch_tests::mem::Switch;
 use vswitch_tests::twin::{Twin, WIRE_MACS, Wire};
 
-use super::mac;
+use super::{bad_input, mac};
 
 const UNDERLAYS: [[&str; 2]; 2] = [["192.0.2.1", "192.0.2.2"], ["2001:db8::1", "2001:db8::2"]];
 
@@ -161,7 +162,17 @@ fn an_unresolved_peer_is_a_reason() {
 #[test]
 fn congestion_marks_come_inside() {
     let (mut twin, pods) = routed(UNDERLAYS[0], Wire::default(), 1);
-    for (inner, expected) in [(0, None), (1, Some(3)), (2, Some(3)), (3, Some(3))] {
+    // RFC 6040 section 4.2: the inner mark, what a router on the way writes outside, and what comes out.
+    let marks = [
+        (0, 3, None),
+        (1, 3, Some(3)),
+        (2, 3, Some(3)),
+        (3, 3, Some(3)),
+        (2, 1, Some(1)),
+        (0, 1, Some(0)),
+        (1, 2, Some(1)),
+    ];
+    for (inner, outer, expected) in marks {
         let mut frame = udp("10.1.0.1", "10.2.0.1", b"x");
         frame[15] = inner;
         frame[24..26].fill(0);
@@ -171,9 +182,8 @@ fn congestion_marks_come_inside() {
         twin.switches[0].settle();
         let mut packet = twin.switches[0].take(UPLINK_PORT).remove(0);
         assert_eq!(packet[15] & 3, inner, "shown outside");
-        // A router on the way marks it.
         let old = u16::from_be_bytes([packet[14], packet[15]]);
-        packet[15] |= 3;
+        packet[15] = packet[15] & !3 | outer;
         let new = u16::from_be_bytes([packet[14], packet[15]]);
         let sum = checksum::update(u16::from_be_bytes([packet[24], packet[25]]), old, new);
         packet[24..26].copy_from_slice(&sum.to_be_bytes());
@@ -187,4 +197,27 @@ fn congestion_marks_come_inside() {
             None => assert_eq!(reason, Some(DropReason::EcnNotCapable)),
         }
     }
+}
+
+/// Nodes that tell their peers apart by MAC, as Flannel's do, need one of each.
+#[test]
+fn a_router_may_have_a_name_of_its_own() {
+    let own = MacAddr([2, 0, 0, 0, 7, 7]);
+    let config = ControlConfig { router_mac: Some(own), ..ControlConfig::default() };
+    let mut switch = Switch::new();
+    switch.control = Control::new(config);
+    let mut switch = switch.with_uplink(WIRE_MACS[0], Some("192.0.2.1"), None, 1500);
+    switch.ask_json(r#"{"op":"network_add","name":"pods","vni":9,"ranges":["10.1.0.0/24"]}"#).unwrap();
+    switch.ask_json(r#"{"op":"peer_add","name":"other","vtep":"192.0.2.2"}"#).unwrap();
+    let pod = switch.add_port("pod", "pods", mac(1), &["10.1.0.5"]).id;
+    let mut sent = |to: MacAddr| {
+        let inner = frames::udp(Ends { from: mac(9), to }, "10.2.0.5", "10.1.0.5", b"x");
+        let reason = switch.drop_of(UPLINK_PORT, &bad_input::outer("192.0.2.2", "192.0.2.1", 4789, 9, &inner));
+        (reason, switch.take(pod).len())
+    };
+    assert_eq!([sent(GATEWAY_MAC), sent(own)], [(None, 1), (None, 1)]);
+    assert_eq!(sent(mac(77)), (Some(DropReason::NotForGateway), 0));
+    // A pod has no business with it.
+    let frame = frames::udp(Ends { from: mac(1), to: own }, "10.1.0.5", "10.2.0.5", b"x");
+    assert_eq!(switch.drop_of(pod, &frame), Some(DropReason::NotForGateway));
 }

@@ -222,6 +222,9 @@ pub(crate) struct NetworkAdd {
     /// Carry frames that have tags as they are (QinQ).
     #[arg(long)]
     transparent: bool,
+    /// Learn no stations: for copies of mirrors.
+    #[arg(long)]
+    no_learning: bool,
     /// Let ARP and neighbor discovery reach every port, even for stations that are known.
     #[arg(long)]
     no_neighbor_suppression: bool,
@@ -464,6 +467,7 @@ impl NetworkAdd {
             mss_clamp: self.mss_clamp,
             vlan: self.vlan,
             transparent: self.transparent,
+            learning: !self.no_learning,
             neighbor_suppression: !self.no_neighbor_suppression,
             multicast_snooping: self.multicast_snooping,
             storm: (self.storm_broadcast + self.storm_multicast + self.storm_unknown > 0).then_some(StormLimits {

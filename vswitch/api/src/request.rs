@@ -300,6 +300,10 @@ pub struct NetworkSpec {
     /// Bridged networks: carry frames that have tags as they are (QinQ).
     #[serde(default, skip_serializing_if = "is_no")]
     pub transparent: bool,
+    /// Bridged networks: learn stations from what they send. Off, all goes to all but what is for a port's own address: for
+    /// copies of mirrors.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub learning: bool,
 }
 
 /// How much a port may send to many, in packets a second. Zero is no limit.

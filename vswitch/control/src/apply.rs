@@ -91,6 +91,11 @@ impl Control {
                 "multicast_snooping, storm and follow are for bridged networks: a routed one floods nothing",
             ));
         }
+        if !spec.learning && (is_routed || spec.multicast_snooping || spec.follow.is_some()) {
+            return Err(invalid(
+                "learning = false is for bridged networks that neither snoop nor follow a device: all goes to all there",
+            ));
+        }
         if spec.transparent && is_routed {
             return Err(invalid("transparent is for bridged networks: a routed one carries no tags"));
         }
@@ -343,6 +348,7 @@ impl Control {
             self.desired.own_peer(name)?;
         }
         self.learned.forget(index, spec.mac);
+        self.desired.forget_waiting_station(&spec.network, spec.mac);
         let is_configured = self.desired.is_configuring;
         let FdbSpec { mac, at, addresses, .. } = spec;
         let entry = StationEntry { at, addresses: addresses.clone(), is_configured };
@@ -356,7 +362,8 @@ impl Control {
     fn remove_station(&mut self, network: &str, mac: MacAddr) -> Applied {
         let index = self.desired.network(Some(network))?.index;
         let was_learned = self.learned.forget(index, mac);
-        if !self.forget_station(index, mac) && !was_learned {
+        let waited = self.desired.forget_waiting_station(network, mac);
+        if !self.forget_station(index, mac) && !was_learned && !waited {
             return Err(not_found(format!(
                 "no station {mac} to remove: `switchctl fdb list --network {network}` shows them"
             )));

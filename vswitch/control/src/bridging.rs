@@ -1,16 +1,21 @@
 //! What bridged networks do beyond forwarding: groups, known neighbors, mirrors, and what the switch itself sends there.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use vswitch_api::{Answer, ApiError, FdbTarget, GroupInfo, MirrorDirection, MirrorSpec, NetworkMode, PortSpec};
+pub use vswitch_dataplane::OwnWay;
 use vswitch_dataplane::{Bucket, Location, Membership, Mirror, Receivers, Storm};
-use vswitch_net::{GATEWAY_MAC, MacAddr, NetworkIndex, PortId, checksum};
+use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId, checksum};
 
 use crate::checks::{check_name, conflict, invalid};
 use crate::desired::{NetworkEntry, not_found};
-use crate::groups::{ASK_NS, Heard};
-use crate::{Control, Dirty};
+use crate::groups::{ASK_NS, Heard, MEET_NS};
+use crate::{Control, Dirty, membership};
+
+/// A peer that asks for what is wanted here is told at most this often.
+const TELL_NS: u64 = 1_000_000_000;
 
 /// A packet that the switch sends of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,36 +26,54 @@ pub struct Own {
     pub bytes: Vec<u8>,
 }
 
-/// Where a packet of the switch's own goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OwnWay {
-    /// To a network's ports and peers, as if it came from a port.
-    Flood {
-        /// The network.
-        network: NetworkIndex,
-        /// The port that it goes out for, and not back to.
-        from: PortId,
-    },
-    /// To a network's ports.
-    Ports(NetworkIndex),
-    /// Out of one port.
-    Port(PortId),
-}
-
 impl Control {
     /// Packets to send, since the last call.
     pub fn take_own(&mut self) -> Vec<Own> {
         std::mem::take(&mut self.own)
     }
 
-    /// Takes note of what a station said of a group.
-    pub(crate) fn hear_group(&mut self, now_ns: u64, network: NetworkIndex, at: Location, membership: Membership) {
+    /// Takes note of what a station said of a group, and tells the peers what is wanted here.
+    pub(crate) fn hear_group(
+        &mut self,
+        now_ns: u64,
+        network: NetworkIndex,
+        at: Location,
+        station: MacAddr,
+        membership: Membership,
+    ) {
         if !self.desired.is_at(network, at) || !self.snoops(network) {
             return;
         }
-        if let Some(heard) = self.groups.heard(now_ns, network, at, membership) {
-            self.set_group(network, heard);
+        match (membership, at) {
+            (Membership::Ask, Location::Peer(peer)) => self.tell_groups(now_ns, network, peer),
+            (Membership::Leave(group), Location::Port(port)) if self.desired.has_many(port) => {
+                if self.groups.leave_unless_heard(now_ns, network, group, at) {
+                    self.own.push(Own { way: OwnWay::Ports(network), bytes: membership::query(group, 1) });
+                }
+                return;
+            }
+            _ => {}
         }
+        let is_first = |group| !self.groups.is_wanted_here(network, group);
+        let news = matches!((membership, at), (Membership::Join(group), Location::Port(_)) if is_first(group));
+        if let Some(heard) = self.groups.heard(now_ns, network, at, station, membership) {
+            self.set_group(network, heard);
+            if let (true, Membership::Join(group)) = (news, membership) {
+                self.own.push(Own { way: OwnWay::Peers(network), bytes: membership::report(station, group) });
+            }
+        }
+    }
+
+    /// Answers another switch: what the ports here want. Once a second is enough.
+    fn tell_groups(&mut self, now_ns: u64, network: NetworkIndex, peer: PeerIndex) {
+        let told = self.told_groups_ns.insert((network, peer), now_ns);
+        if let Some(told) = told.filter(|told| now_ns.saturating_sub(*told) < TELL_NS) {
+            self.told_groups_ns.insert((network, peer), told);
+            return;
+        }
+        let way = OwnWay::Peer(network, peer);
+        let reports = self.groups.wanted_here(network).map(|(group, station)| membership::report(station, group));
+        self.own.extend(reports.map(|bytes| Own { way, bytes }));
     }
 
     pub(crate) fn set_groups(&mut self, changed: Vec<(NetworkIndex, Heard)>) {
@@ -78,13 +101,9 @@ impl Control {
         self.desired.networks.values().any(|entry| entry.index == network && entry.spec.multicast_snooping)
     }
 
-    /// Asks the ports of snooping networks which groups they want, when it is time.
+    /// Asks the ports and peers of snooping networks which groups they want, when it is time.
     pub(crate) fn ask_for_groups(&mut self, now_ns: u64) {
         let is_due = self.asked_ns.is_none_or(|asked| now_ns.saturating_sub(asked) >= ASK_NS);
-        if !is_due {
-            return;
-        }
-        self.asked_ns = Some(now_ns);
         let snooping: Vec<NetworkIndex> = self
             .desired
             .networks
@@ -92,15 +111,45 @@ impl Control {
             .filter(|entry| entry.spec.multicast_snooping)
             .map(|entry| entry.index)
             .collect();
+        if is_due {
+            // The first time nothing is known, and it is urgent.
+            let seconds = if self.asked_ns.is_none() { 1 } else { 10 };
+            self.asked_ns = Some(now_ns);
+            for &network in &snooping {
+                self.ask(OwnWay::Ports(network), seconds);
+                self.ask(OwnWay::Peers(network), seconds);
+            }
+        }
         for network in snooping {
-            self.ask(network);
+            self.meet_peers(now_ns, network);
         }
     }
 
-    /// Asks the ports, and no peer: who asks is taken for a multicast router, and gets every group.
-    fn ask(&mut self, network: NetworkIndex) {
-        for bytes in [igmp_query(), mld_query()] {
-            self.own.push(Own { way: OwnWay::Ports(network), bytes });
+    /// A peer that can be reached since lately is asked until it had the time to answer, and gets everything so long.
+    fn meet_peers(&mut self, now_ns: u64, network: NetworkIndex) {
+        let Some(entry) = self.desired.networks.values().find(|entry| entry.index == network) else { return };
+        let is_reachable = |peer: &PeerIndex| {
+            let entry = self.desired.peers.values().find(|entry| entry.index == *peer);
+            entry.is_some_and(|entry| entry.spec.vteps().any(|vtep| self.underlay.ways(vtep).next().is_some()))
+        };
+        let peers: BTreeSet<PeerIndex> = self.flood_peers(entry).into_iter().filter(is_reachable).collect();
+        self.met.retain(|(other, peer), _| *other != network || peers.contains(peer));
+        self.told_groups_ns.retain(|(other, peer), _| *other != network || peers.contains(peer));
+        for peer in peers {
+            let met = *self.met.entry((network, peer)).or_insert(now_ns);
+            if now_ns.saturating_sub(met) < MEET_NS {
+                if self.groups.meet(network, Location::Peer(peer), met + MEET_NS) {
+                    self.set_group(network, Heard::Router);
+                }
+                self.ask(OwnWay::Peer(network, peer), 1);
+            }
+        }
+    }
+
+    /// Asks for all groups, to be answered within so many seconds. Nobody takes who asks like this for a router.
+    fn ask(&mut self, way: OwnWay, seconds: u8) {
+        for bytes in [membership::igmp_query(None, seconds), membership::mld_query(None, seconds)] {
+            self.own.push(Own { way, bytes });
         }
     }
 
@@ -116,7 +165,7 @@ impl Control {
         }
         if self.snoops(network) {
             // The newcomer is asked with all others; what it wants is known without waiting for the next round.
-            self.ask(network);
+            self.ask(OwnWay::Ports(network), 10);
         }
     }
 
@@ -214,11 +263,11 @@ impl Control {
         let mut groups = Vec::new();
         for entry in self.desired.networks.values() {
             for (group, members) in self.groups.groups(entry.index) {
-                groups.extend(members.iter().map(|(&at, &seen)| GroupInfo {
+                groups.extend(members.iter().map(|(&at, member)| GroupInfo {
                     network: entry.spec.name.clone(),
                     group,
                     at: self.target(at),
-                    age_seconds: now_ns.saturating_sub(seen) / 1_000_000_000,
+                    age_seconds: now_ns.saturating_sub(member.seen_ns) / 1_000_000_000,
                 }));
             }
         }
@@ -249,34 +298,6 @@ fn unsolicited_advertisement(mac: MacAddr, address: Ipv6Addr) -> Vec<u8> {
     body.extend_from_slice(&[2, 1]);
     body.extend_from_slice(&mac.0);
     icmpv6(MacAddr([0x33, 0x33, 0, 0, 0, 1]), mac, address, all, 255, &[], body)
-}
-
-/// A general query of IGMPv2, which v3 hosts understand too (RFC 2236 section 2), from nobody (RFC 4541 section 2.1.1).
-fn igmp_query() -> Vec<u8> {
-    let mut frame = ethernet(MacAddr([1, 0, 0x5e, 0, 0, 1]), GATEWAY_MAC, 0x0800);
-    // Router alert (RFC 2113), precedence 6, hop limit 1.
-    let mut ip = [0x46, 0xc0, 0, 32, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 224, 0, 0, 1, 148, 4, 0, 0];
-    let sum = checksum::finish(checksum::sum(&ip));
-    ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    let mut igmp = [0x11, 100, 0, 0, 0, 0, 0, 0];
-    let sum = checksum::finish(checksum::sum(&igmp));
-    igmp[2..4].copy_from_slice(&sum.to_be_bytes());
-    frame.extend_from_slice(&ip);
-    frame.extend_from_slice(&igmp);
-    frame
-}
-
-/// A general query of MLDv2 (RFC 3810 section 5.1), from the link-local address of the gateway's MAC.
-fn mld_query() -> Vec<u8> {
-    let [a, b, c, d, e, f] = GATEWAY_MAC.0.map(u16::from);
-    let from = Ipv6Addr::new(0xfe80, 0, 0, 0, (a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f);
-    let all = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
-    let mut body = vec![130, 0, 0, 0, 0x27, 0x10, 0, 0];
-    body.extend_from_slice(&[0; 16]);
-    // Robustness 2, an interval of 125 seconds, no sources.
-    body.extend_from_slice(&[2, 125, 0, 0]);
-    // Hop-by-hop options with a router alert (RFC 2711) and padding.
-    icmpv6(MacAddr([0x33, 0x33, 0, 0, 0, 1]), GATEWAY_MAC, from, all, 1, &[58, 0, 5, 2, 0, 0, 1, 0], body)
 }
 
 pub(crate) fn icmpv6(

@@ -52,6 +52,7 @@ impl Control {
                 udp_port: self.underlay.udp_port,
                 vlan: self.config.vlan,
                 direct: self.direct_network().map(|network| network.index),
+                router_mac: self.config.router_mac,
             },
             fdb: self.tables.fdb.clone(),
             routes: self.tables.routes.clone(),
@@ -116,14 +117,6 @@ impl Control {
 
     fn compile_network(&self, entry: &NetworkEntry) -> Network {
         let ports = self.desired.ports.iter().filter(|(_, port)| self.desired.is_in(port, entry.index));
-        let gets_floods = |peer: &&PeerEntry| match &peer.spec.networks {
-            None => true,
-            Some(names) => names.contains(&entry.spec.name),
-        };
-        let asked = self.desired.peers.values().filter(gets_floods).map(|peer| peer.index);
-        let followed = self.desired.followed.get(&entry.index).into_iter().flat_map(Followed::flood);
-        let followed = followed.filter_map(|vtep| self.desired.by_vtep.get(&vtep).copied());
-        let flood_peers: BTreeSet<PeerIndex> = asked.chain(followed).collect();
         let routers = routers(&entry.spec);
         Network {
             vni: entry.spec.vni,
@@ -138,10 +131,22 @@ impl Control {
                 (wire.saturating_sub(TCP_V4), wire.saturating_sub(TCP_V6))
             }),
             is_transparent: entry.spec.transparent,
+            learns: entry.spec.learning,
             multicast_routers: self.multicast_routers(entry),
             ports: ports.map(|(&id, _)| id).collect(),
-            flood_peers: flood_peers.into_iter().collect(),
+            flood_peers: self.flood_peers(entry).into_iter().collect(),
         }
+    }
+
+    /// Peers that get a network's floods.
+    pub(crate) fn flood_peers(&self, entry: &NetworkEntry) -> BTreeSet<PeerIndex> {
+        let gets_floods = |peer: &&PeerEntry| match &peer.spec.networks {
+            None => true,
+            Some(names) => names.contains(&entry.spec.name),
+        };
+        let asked = self.desired.peers.values().filter(gets_floods).map(|peer| peer.index);
+        let followed = self.desired.followed.get(&entry.index).into_iter().flat_map(Followed::flood);
+        asked.chain(followed.filter_map(|vtep| self.desired.by_vtep.get(&vtep).copied())).collect()
     }
 
     fn compile_peer(&self, entry: &PeerEntry) -> Peer {

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use vswitch_api::{ApiError, ErrorCode, FdbSpec, FdbTarget, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec};
+use vswitch_api::{
+    ApiError, ErrorCode, FdbSpec, FdbTarget, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec, SenderCheck,
+};
 use vswitch_dataplane::{Limits, Location, Storm};
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 
@@ -40,6 +42,8 @@ pub(crate) struct Desired {
     pub(crate) cursors: BTreeMap<(String, IpNet), u128>,
     /// Ports of a former daemon that could not be adopted yet. Their addresses stay theirs.
     pub(crate) waiting: Vec<PortRecord>,
+    /// Why each of them waits, by link.
+    pub(crate) waiting_reasons: BTreeMap<String, String>,
     /// Stations that were asked for at those ports.
     pub(crate) waiting_stations: Vec<FdbSpec>,
     last_port: u16,
@@ -183,6 +187,16 @@ impl Desired {
         self.networks.values().find(|network| network.spec.vlan == Some(vid)).map(|network| network.index)
     }
 
+    /// True if several stations may be behind a port.
+    pub(crate) fn has_many(&self, port: PortId) -> bool {
+        let Some(entry) = self.ports.get(&port) else { return false };
+        let spec = &entry.record.spec;
+        let network = self.networks.values().find(|network| network.index == entry.network);
+        let is_checked = spec.check != Some(SenderCheck::None)
+            && (spec.check.is_some() || network.is_some_and(|network| network.spec.spoof_check));
+        !spec.trunk.is_empty() || spec.hairpin || !is_checked
+    }
+
     /// True if a port carries a network, tagged or not.
     pub(crate) fn is_in(&self, port: &PortEntry, network: NetworkIndex) -> bool {
         let spec = &port.record.spec;
@@ -207,6 +221,14 @@ impl Desired {
             !mirror.ports.is_empty() && mirror.to != at
         });
         self.waiting_stations.retain(|station| station.at != at);
+        self.waiting_reasons.remove(link);
+    }
+
+    /// Forgets a station that waits with its port. True if there was one.
+    pub(crate) fn forget_waiting_station(&mut self, network: &str, mac: MacAddr) -> bool {
+        let before = self.waiting_stations.len();
+        self.waiting_stations.retain(|station| station.network != network || station.mac != mac);
+        self.waiting_stations.len() != before
     }
 
     pub(crate) fn free_port(&mut self) -> Option<PortId> {

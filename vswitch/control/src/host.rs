@@ -132,19 +132,19 @@ impl Control {
             if own.is_empty() {
                 continue;
             }
+            let asked = self.desired.routes.keys().filter(|(index, _)| *index == network.index);
+            let cluster =
+                network.spec.subnets.iter().chain(&network.spec.ranges).chain(asked.map(|(_, prefix)| prefix));
+            let cluster: Vec<IpNet> =
+                cluster.filter(of_family).filter(|prefix| prefix.prefix_len() > 0).copied().collect();
+            let (own, cluster) = (set(&own), set(&IpNet::aggregate(&cluster)));
             if !mappings.is_empty() {
-                // What came to a mapped port from here must go back the way it came.
+                // What came to a mapped port from here, or from a pod of any node, must go back the way it came.
                 let _ = writeln!(postrouting, "    oifname \"{link}\" {family} saddr {local} masquerade");
-                let own = set(&own);
-                let _ = writeln!(postrouting, "    oifname \"{link}\" ct status dnat {family} saddr {own} masquerade");
+                let _ =
+                    writeln!(postrouting, "    oifname \"{link}\" ct status dnat {family} saddr {cluster} masquerade");
             }
             if self.config.masquerade {
-                let asked = self.desired.routes.keys().filter(|(index, _)| *index == network.index);
-                let cluster =
-                    network.spec.subnets.iter().chain(&network.spec.ranges).chain(asked.map(|(_, prefix)| prefix));
-                let cluster: Vec<IpNet> =
-                    cluster.filter(of_family).filter(|prefix| prefix.prefix_len() > 0).copied().collect();
-                let (own, cluster) = (set(&own), set(&IpNet::aggregate(&cluster)));
                 let _ = writeln!(
                     postrouting,
                     "    oifname != \"{link}\" {family} saddr {own} {family} daddr != {cluster} masquerade"

@@ -32,6 +32,7 @@ mod groups;
 mod host;
 mod ipam;
 mod learned;
+mod membership;
 mod ports;
 mod report;
 mod routes;
@@ -40,6 +41,7 @@ mod stations;
 mod tagged;
 mod underlay;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub use backend::{Attached, Backend, FlowSample, SocketSample, WorkerSample};
@@ -49,12 +51,13 @@ pub use state::{PortRecord, State};
 pub use underlay::{NextHop, UplinkState};
 use vswitch_api::{Answer, ApiError, Encap, Request};
 use vswitch_dataplane::{Event, Location, Snapshot};
-use vswitch_net::PortId;
+use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 
 use crate::compile::Tables;
 use crate::desired::Desired;
 use crate::groups::Groups;
 use crate::learned::{Change, Learned};
+use crate::tagged::TaggedNeighbor;
 use crate::underlay::UnderlayView;
 
 /// The port number of the first uplink; the others follow it.
@@ -79,6 +82,8 @@ pub struct ControlConfig {
     pub vlan: Option<u16>,
     /// With a tag: routers of the underlay, if peers are not on its link.
     pub gateways: Vec<std::net::IpAddr>,
+    /// Another MAC address of this router, for what peers send to it in VXLAN.
+    pub router_mac: Option<MacAddr>,
     /// The links that shall be the uplinks, whether they are there now or not.
     pub uplinks: Vec<String>,
     /// The network that is joined to the host's stack.
@@ -103,7 +108,7 @@ pub struct PodRoutes {
     /// Path of its namespace.
     pub netns: String,
     /// MAC address of its interface.
-    pub mac: vswitch_net::MacAddr,
+    pub mac: MacAddr,
     /// The routes.
     pub routes: Vec<vswitch_api::PodRoute>,
 }
@@ -119,10 +124,14 @@ pub struct Control {
     groups: Groups,
     /// When members of groups were last asked.
     asked_ns: Option<u64>,
+    /// When peers were met in networks that snoop.
+    met: BTreeMap<(NetworkIndex, PeerIndex), u64>,
+    /// When peers were told of the groups here.
+    told_groups_ns: BTreeMap<(NetworkIndex, PeerIndex), u64>,
     /// Packets to send.
     own: Vec<Own>,
     /// With a tag: who was heard on the underlay, and when.
-    neighbors: std::collections::BTreeMap<std::net::IpAddr, (vswitch_net::MacAddr, u64)>,
+    neighbors: BTreeMap<(PortId, std::net::IpAddr), TaggedNeighbor>,
     underlay: UnderlayView,
     tables: Tables,
     generation: u64,
@@ -145,6 +154,7 @@ impl Default for ControlConfig {
             udp_port: vswitch_net::VXLAN_PORT,
             vlan: None,
             gateways: Vec::new(),
+            router_mac: None,
             uplinks: Vec::new(),
             host_network: None,
             is_importing: false,
@@ -165,8 +175,10 @@ impl Control {
             learned: Learned::new(config.fdb_ageing_ns, config.fdb_limit),
             groups: Groups::default(),
             asked_ns: None,
+            met: BTreeMap::new(),
+            told_groups_ns: BTreeMap::new(),
             own: Vec::new(),
-            neighbors: std::collections::BTreeMap::new(),
+            neighbors: BTreeMap::new(),
             underlay: UnderlayView::new(config.udp_port, &config.uplinks),
             config,
             tables: Tables::default(),
@@ -200,9 +212,9 @@ impl Control {
     pub fn learn(&mut self, now_ns: u64, event: Event) {
         let (network, mac, location) = match event {
             Event::Seen { network, mac, location } => (network, mac, location),
-            Event::Neighbor { address, mac } => return self.hear_neighbor(now_ns, address, mac),
-            Event::Group { network, location, membership } => {
-                return self.hear_group(now_ns, network, location, membership);
+            Event::Neighbor { port, address, mac } => return self.hear_neighbor(now_ns, port, address, mac),
+            Event::Group { network, station, location, membership } => {
+                return self.hear_group(now_ns, network, location, station, membership);
             }
         };
         // News may be older than the removal of what they are about.

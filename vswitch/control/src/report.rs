@@ -60,10 +60,7 @@ impl Control {
         meant.map(|record| PortInfo {
             network: record.spec.network.clone().unwrap_or_default(),
             addresses: record.spec.addresses.iter().map(|&address| address.into()).collect(),
-            waiting: Some(match self.desired.network(record.spec.network.as_deref()) {
-                Ok(_) => "it could not be attached: the daemon's log says why".to_owned(),
-                Err(error) => error.message,
-            }),
+            waiting: Some(self.desired.waiting_reasons.get(&record.spec.link).cloned().unwrap_or_default()),
             ..record_info(record)
         })
     }
@@ -304,8 +301,13 @@ impl Control {
             let age = now_ns.saturating_sub(entry.seen_ns) / 1_000_000_000;
             (network, mac, self.target(entry.location), Some(age))
         });
+        let waiting = self.desired.waiting_stations.iter().filter_map(|station| {
+            let network = self.desired.network(Some(&station.network)).ok()?.index;
+            Some((network, station.mac, station.at.clone(), None))
+        });
         let mut stations: Vec<FdbInfo> = configured
             .chain(own)
+            .chain(waiting)
             .chain(followed)
             .chain(learned)
             .filter(|&(network, ..)| wanted(network))

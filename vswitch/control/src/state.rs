@@ -63,6 +63,7 @@ pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Bac
     for record in ports {
         if let Err(error) = adopt(control, record.clone(), backend) {
             lost.push(format!("port of link {}: {error}", record.spec.link));
+            control.desired.waiting_reasons.insert(record.spec.link.clone(), error);
             control.desired.waiting.push(record);
         }
     }
@@ -98,10 +99,12 @@ pub(crate) fn adopt_waiting(control: &mut Control, link_exists: impl Fn(&str) ->
     control.forget_waiting(|record| !link_exists(&record.spec.link));
     for record in std::mem::take(&mut control.desired.waiting) {
         let at = FdbTarget::Port(record.spec.link.clone());
-        if adopt(control, record.clone(), backend).is_err() {
+        if let Err(error) = adopt(control, record.clone(), backend) {
+            control.desired.waiting_reasons.insert(record.spec.link.clone(), error);
             control.desired.waiting.push(record);
             continue;
         }
+        control.desired.waiting_reasons.remove(&record.spec.link);
         let (own, others): (Vec<FdbSpec>, Vec<FdbSpec>) =
             std::mem::take(&mut control.desired.waiting_stations).into_iter().partition(|station| station.at == at);
         control.desired.waiting_stations = others;

@@ -154,6 +154,9 @@ impl UnderlayView {
 
     /// What stands between us and a peer, or `reachable`.
     pub(crate) fn peer_state(&self, vtep: IpAddr) -> String {
+        if self.is_ours(vtep) {
+            return "this node's own address: name another node's".to_owned();
+        }
         let [first, ..] = &self.uplinks[..] else {
             return "no uplink: set uplink.link in the configuration".to_owned();
         };

@@ -90,8 +90,10 @@ fn bridge(meta: &Meta, head: &[u8], network: &Network, snapshot: &Snapshot) -> D
         return drop_it(DropReason::StickyMac);
     }
     let verdict = if meta.destination.is_multicast() {
-        let is_group =
-            network.multicast_routers.is_some() && (multicast::is_snooped(meta) || multicast::is_report(meta, head));
+        let is_group = network.multicast_routers.is_some()
+            && (multicast::is_snooped(meta)
+                || multicast::is_report(meta, head)
+                || (meta.peer.is_some() && multicast::is_ask(meta, head)));
         match () {
             () if meta.peer.is_none() && known_neighbor(meta, head, snapshot).is_some() => Verdict::Reply,
             () if is_group => Verdict::Group,
@@ -113,7 +115,7 @@ fn bridge(meta: &Meta, head: &[u8], network: &Network, snapshot: &Snapshot) -> D
             }
         }
     };
-    Decision { verdict, learn: Some(here) }
+    Decision { verdict, learn: network.learns.then_some(here) }
 }
 
 /// The station that an ARP request or a neighbor solicitation asks for, if the switch knows it: asking is answered here
@@ -316,7 +318,7 @@ fn check_discovery(meta: &Meta, head: &[u8], access: &Access) -> Result<(), Drop
 }
 
 /// The link-local address that a MAC gives (RFC 4291 appendix A).
-fn link_local(mac: MacAddr) -> Ipv6Addr {
+pub(crate) fn link_local(mac: MacAddr) -> Ipv6Addr {
     let [a, b, c, d, e, f] = mac.0.map(u16::from);
     Ipv6Addr::new(0xfe80, 0, 0, 0, (a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f)
 }

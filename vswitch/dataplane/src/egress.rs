@@ -12,7 +12,7 @@ use crate::bucket::Bucket;
 use crate::counters::Counters;
 use crate::icmp::{self, Speaker};
 use crate::meta::{Checksum, Kind, Meta};
-use crate::multicast;
+use crate::multicast::{self, Membership};
 use crate::parse::UDP;
 use crate::port::PortIo;
 use crate::segment;
@@ -39,6 +39,8 @@ pub(crate) struct Egress<'a, P> {
     pub(crate) snapshot: &'a Snapshot,
     pub(crate) scratch: &'a mut Scratch,
     pub(crate) now_ns: u64,
+    /// True while what goes out is no reason to speak to anybody: copies, and packets of the switch's own.
+    pub(crate) is_quiet: bool,
 }
 
 /// Room to build packets in. Taken once, so that nothing is allocated a packet.
@@ -126,11 +128,30 @@ impl<P: PortIo> Egress<'_, P> {
         self.replicate(packet, meta, &network.ports, &[], DropReason::NoReceiver);
     }
 
-    /// To the members of a packet's group, and to multicast routers; a report to those and to the network's peers.
+    /// To every peer of the network.
+    pub(crate) fn flood_peers(&mut self, packet: Packet, meta: &Meta, network: &Network) {
+        self.replicate(packet, meta, &[], &network.flood_peers, DropReason::NoReceiver);
+    }
+
+    /// To the members of a packet's group, and to multicast routers. A report goes to routers only, behind peers if control
+    /// knows of all that it says: peers are told by control, which takes no more of a port than it may have. Questions of
+    /// other switches end here, and are answered by control.
     pub(crate) fn multicast(&mut self, packet: Packet, meta: &Meta, network: &Network) {
         let Some(routers) = &network.multicast_routers else { return self.flood(packet, meta, network) };
-        if multicast::is_report(meta, packet.head().data()) {
-            return self.replicate(packet, meta, &routers.ports, &network.flood_peers, DropReason::NoReceiver);
+        let head = packet.head().data();
+        if multicast::is_report(meta, head) {
+            let mut is_known = true;
+            multicast::memberships(meta, head, |membership| {
+                if let Membership::Join(group) = membership {
+                    let members = self.snapshot.groups.lookup(meta.network, group);
+                    is_known &= members.is_some_and(|members| members.ports.contains(&meta.ingress));
+                }
+            });
+            let peers = if is_known { &routers.peers[..] } else { &[] };
+            return self.replicate(packet, meta, &routers.ports, peers, DropReason::NoReceiver);
+        }
+        if multicast::is_ask(meta, head) {
+            return self.drop(packet, meta.ingress, DropReason::NoReceiver);
         }
         let group = meta.addresses().map(|(_, group)| group);
         let members = group.and_then(|group| self.snapshot.groups.lookup(meta.network, group)).unwrap_or(routers);
@@ -140,10 +161,13 @@ impl<P: PortIo> Egress<'_, P> {
     fn replicate(&mut self, packet: Packet, meta: &Meta, ports: &[PortId], peers: &[PeerIndex], nobody: DropReason) {
         let mut receivers = 0;
         let sender = self.snapshot.access(meta.ingress);
-        for &port in ports.iter().filter(|&&port| port != meta.ingress) {
+        // A hairpin has several stations behind it, which must find each other; it sends nothing of the switch's own.
+        let is_hairpin = !self.is_quiet && sender.is_some_and(|sender| sender.is_hairpin);
+        let was_quiet = std::mem::replace(&mut self.is_quiet, true);
+        for &port in ports {
             let is_apart = sender.is_some_and(|sender| sender.is_isolated)
                 && self.snapshot.access(port).is_some_and(|receiver| receiver.is_isolated);
-            if is_apart {
+            if if port == meta.ingress { !is_hairpin } else { is_apart } {
                 continue;
             }
             receivers += 1;
@@ -159,6 +183,7 @@ impl<P: PortIo> Egress<'_, P> {
                 }
             }
         }
+        self.is_quiet = was_quiet;
         if receivers == 0 {
             return self.drop(packet, meta.ingress, nobody);
         }
@@ -169,11 +194,11 @@ impl<P: PortIo> Egress<'_, P> {
         self.umem.free_packet(packet);
     }
 
-    /// Copies of what a port sent, as it came, to whom they are due.
-    pub(crate) fn mirror_from(&mut self, packet: &Packet, meta: &Meta) {
+    /// Copies of what a port sent, as it came, to whom they are due: with the tag that parsing took off, if any.
+    pub(crate) fn mirror_from(&mut self, packet: &Packet, meta: &Meta, tag: Option<u16>) {
         let snapshot = self.snapshot;
         for &mirror in snapshot.port(meta.ingress).map_or(&[][..], |port| &port.mirrors_from) {
-            self.mirror(packet, meta, mirror, meta.l4);
+            self.mirror(packet, meta, mirror, meta.l4, tag);
         }
     }
 
@@ -181,12 +206,16 @@ impl<P: PortIo> Egress<'_, P> {
     #[cold]
     #[inline(never)]
     fn mirror_to(&mut self, packet: &Packet, meta: &Meta, mirrors: &[Mirror], l4: u16) {
-        mirrors.iter().for_each(|&mirror| self.mirror(packet, meta, mirror, l4));
+        mirrors.iter().for_each(|&mirror| self.mirror(packet, meta, mirror, l4, None));
     }
 
     /// A copy to one who gets it. It keeps no order with the packet itself, and is lost before it is.
-    fn mirror(&mut self, packet: &Packet, meta: &Meta, mirror: Mirror, l4: u16) {
+    fn mirror(&mut self, packet: &Packet, meta: &Meta, mirror: Mirror, l4: u16, tag: Option<u16>) {
         let Some(mut copy) = self.copy(packet, meta.ingress) else { return };
+        if let Some(Err(reason)) = tag.map(|tag| push_tag(&mut copy, tag)) {
+            return self.drop(copy, meta.ingress, reason);
+        }
+        let l4 = if tag.is_some() { l4 + TAG as u16 } else { l4 };
         // Of no connection with its segment size, and never a reason to speak to the sender.
         let meta = Meta { l3: meta.l3 + (l4 - meta.l4), l4, is_syn: false, ..*meta };
         match mirror {
@@ -238,12 +267,16 @@ impl<P: PortIo> Egress<'_, P> {
         if is_too_big && segment::may_fragment(meta, packet.head().data()) {
             return self.fragment(packet, meta, mtu as usize, again);
         }
-        if icmp::may_answer(reason, meta, packet.head().data()) && self.may_speak(meta.ingress) {
+        if !self.is_quiet
+            && icmp::may_answer(reason, meta, packet.head().data())
+            && let Some(speaker) = self.speaker(meta, reason)
+            && self.may_speak(meta.ingress)
+        {
             if let Checksum::Partial { offset } = meta.checksum {
                 // The sender gets its packet quoted as the wire would have carried it.
                 complete(&mut packet, meta, offset, self.umem);
             }
-            self.speak(&packet, meta, reason, mtu);
+            self.speak(&packet, meta, reason, mtu, speaker);
         }
         self.drop(packet, meta.ingress, reason);
     }
@@ -259,8 +292,7 @@ impl<P: PortIo> Egress<'_, P> {
         may
     }
 
-    fn speak(&mut self, packet: &Packet, meta: &Meta, reason: DropReason, mtu: u32) {
-        let Some(speaker) = self.speaker(meta, reason) else { return };
+    fn speak(&mut self, packet: &Packet, meta: &Meta, reason: DropReason, mtu: u32, speaker: Speaker) {
         let mut message = std::mem::take(&mut self.scratch.part);
         if icmp::error(reason, meta, packet.head().data(), mtu, speaker, &mut message) {
             if let Some(counters) = self.counters.port_mut(meta.ingress) {
@@ -521,14 +553,14 @@ fn apply(packet: &mut Packet, meta: &Meta, rewrite: &Rewrite) -> Result<(), Drop
 }
 
 /// Puts an 802.1Q tag after the MAC addresses.
-pub(crate) fn push_tag(packet: &mut Packet, vid: u16) -> Result<(), DropReason> {
+pub(crate) fn push_tag(packet: &mut Packet, tag: u16) -> Result<(), DropReason> {
     if !packet.head_mut().push_front(TAG) {
         return Err(DropReason::NoHeadroom);
     }
     let head = packet.head_mut().data_mut();
     head.copy_within(TAG..TAG + 12, 0);
     head[12..14].copy_from_slice(&ETHERTYPE_VLAN.to_be_bytes());
-    head[14..16].copy_from_slice(&vid.to_be_bytes());
+    head[14..16].copy_from_slice(&tag.to_be_bytes());
     Ok(())
 }
 

@@ -15,6 +15,26 @@ pub enum Location {
     Peer(PeerIndex),
 }
 
+/// Where a packet of the switch's own goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnWay {
+    /// To a network's ports and peers, as if it came from a port.
+    Flood {
+        /// The network.
+        network: NetworkIndex,
+        /// The port that it goes out for, and not back to.
+        from: PortId,
+    },
+    /// To a network's ports.
+    Ports(NetworkIndex),
+    /// To a network's peers.
+    Peers(NetworkIndex),
+    /// To one peer, in a network.
+    Peer(NetworkIndex, PeerIndex),
+    /// Out of one port, as it is.
+    Port(PortId),
+}
+
 /// News from the data path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -29,6 +49,8 @@ pub enum Event {
     },
     /// Somebody of a tagged underlay told of himself.
     Neighbor {
+        /// The uplink that he was heard on.
+        port: PortId,
         /// His address.
         address: IpAddr,
         /// His MAC address.
@@ -38,6 +60,8 @@ pub enum Event {
     Group {
         /// Its network.
         network: NetworkIndex,
+        /// Its address.
+        station: MacAddr,
         /// Where it is.
         location: Location,
         /// What it said.
@@ -89,20 +113,26 @@ impl Events {
     }
 
     /// Notes what was said of a group. False if there was too much of that.
-    pub(crate) fn group(&mut self, network: NetworkIndex, location: Location, membership: Membership) -> bool {
+    pub(crate) fn group(
+        &mut self,
+        network: NetworkIndex,
+        station: MacAddr,
+        location: Location,
+        membership: Membership,
+    ) -> bool {
         let has_room = self.groups < GROUPS;
         if has_room {
             self.groups += 1;
-            self.queue.push(Event::Group { network, location, membership });
+            self.queue.push(Event::Group { network, station, location, membership });
         }
         has_room
     }
 
     /// Notes a neighbor of a tagged underlay. What finds no room is asked for again.
-    pub(crate) fn neighbor(&mut self, address: IpAddr, mac: MacAddr) {
+    pub(crate) fn neighbor(&mut self, port: PortId, address: IpAddr, mac: MacAddr) {
         if self.groups < GROUPS {
             self.groups += 1;
-            self.queue.push(Event::Neighbor { address, mac });
+            self.queue.push(Event::Neighbor { port, address, mac });
         }
     }
 

@@ -39,7 +39,7 @@ mod worker;
 
 pub use bucket::Bucket;
 pub use counters::{Counters, PortCounters};
-pub use event::{Event, Location};
+pub use event::{Event, Location, OwnWay};
 pub use multicast::Membership;
 pub use port::PortIo;
 pub use snapshot::{

@@ -37,7 +37,9 @@ const MOBILITY: u8 = 135;
 /// IPv6 extension headers followed before giving up.
 const MAX_EXTENSIONS: usize = 8;
 
-/// Outer congestion-experienced mark (RFC 3168).
+/// The marks of RFC 3168 (section 5): able to be marked, both ways to say so, and congestion experienced.
+const ECT_0: u8 = 2;
+const ECT_1: u8 = 1;
 const ECN_CE: u8 = 3;
 
 /// Reads a packet that came in at `ingress`. A VXLAN packet for our VTEP is decapsulated, once: the packet then starts
@@ -68,9 +70,15 @@ pub fn parse(packet: &mut Packet, ingress: PortId, snapshot: &Snapshot, seed: u6
                 None => return Err(DropReason::UnknownPeer),
             };
             decapsulate(packet, &outer)?;
-            let meta = parse_frame(packet, Origin { ingress, network, peer: Some(peer) }, snapshot, seed)?;
-            if outer.ecn == ECN_CE {
-                mark_congested(packet.head_mut().data_mut(), &meta)?;
+            let mut meta = parse_frame(packet, Origin { ingress, network, peer: Some(peer) }, snapshot, seed)?;
+            if outer.ecn & ECT_1 != 0 {
+                carry_mark(packet.head_mut().data_mut(), &meta, outer.ecn)?;
+            }
+            if snapshot.underlay.router_mac == Some(meta.destination)
+                && let Some(NetworkMode::Routed(gateway)) = snapshot.network(network).map(|network| network.mode)
+            {
+                // This router has a name of its own for nodes that tell their peers apart by MAC.
+                meta.destination = gateway.mac;
             }
             Ok(meta)
         }
@@ -122,8 +130,13 @@ fn untag(packet: &mut Packet, access: &Access) -> Result<NetworkIndex, DropReaso
 
 /// The VLAN of the outermost tag, if that is an 802.1Q one.
 pub(crate) fn vlan_of(head: &[u8]) -> Option<u16> {
+    tag_of(head).map(|tag| tag & VID)
+}
+
+/// The outermost tag, priority and all, if that is an 802.1Q one.
+pub(crate) fn tag_of(head: &[u8]) -> Option<u16> {
     let [.., t0, t1, v0, v1] = head.first_chunk::<16>()?;
-    (u16::from_be_bytes([*t0, *t1]) == ETHERTYPE_VLAN).then(|| u16::from_be_bytes([*v0, *v1]) & VID)
+    (u16::from_be_bytes([*t0, *t1]) == ETHERTYPE_VLAN).then(|| u16::from_be_bytes([*v0, *v1]))
 }
 
 pub(crate) fn pop_tag(packet: &mut Packet) -> Result<(), DropReason> {
@@ -441,26 +454,24 @@ fn has_echo_id(protocol: u8, kind: u8) -> bool {
     }
 }
 
-/// Carries an outer congestion mark inside (RFC 6040 section 4.2, default mode).
-fn mark_congested(head: &mut [u8], meta: &Meta) -> Result<(), DropReason> {
+/// Carries an outer mark inside (RFC 6040 section 4.2): congestion, and ECT(1) where the inner packet says ECT(0).
+#[cold]
+fn carry_mark(head: &mut [u8], meta: &Meta, outer: u8) -> Result<(), DropReason> {
+    let marked = |inner: u8| match (inner, outer) {
+        (0, ECN_CE) => Err(DropReason::EcnNotCapable),
+        (_, ECN_CE) => Ok(ECN_CE),
+        (ECT_0, ECT_1) => Ok(ECT_1),
+        _ => Ok(inner),
+    };
+    let ip = &mut head[usize::from(meta.l3)..];
     match meta.kind {
         Kind::V4 => {
-            let ip = &mut head[usize::from(meta.l3)..];
-            if ip[1] & 3 == 0 {
-                return Err(DropReason::EcnNotCapable);
-            }
             let old = u16::from_be_bytes([ip[0], ip[1]]);
-            ip[1] |= ECN_CE;
+            ip[1] = ip[1] & !3 | marked(ip[1] & 3)?;
             let sum = checksum::update(u16::from_be_bytes([ip[10], ip[11]]), old, u16::from_be_bytes([ip[0], ip[1]]));
             ip[10..12].copy_from_slice(&sum.to_be_bytes());
         }
-        Kind::V6 => {
-            let ip = &mut head[usize::from(meta.l3)..];
-            if ip[1] & 0x30 == 0 {
-                return Err(DropReason::EcnNotCapable);
-            }
-            ip[1] |= ECN_CE << 4;
-        }
+        Kind::V6 => ip[1] = ip[1] & !0x30 | marked(ip[1] >> 4 & 3)? << 4,
         Kind::Arp | Kind::Other => {}
     }
     Ok(())

@@ -56,6 +56,8 @@ pub struct Underlay {
     pub vlan: Option<u16>,
     /// The network whose addresses the underlay routes, if peers are routed to directly.
     pub direct: Option<NetworkIndex>,
+    /// Another MAC address of this router, for what peers send to it in VXLAN.
+    pub router_mac: Option<MacAddr>,
 }
 
 /// A port.
@@ -173,6 +175,8 @@ pub struct Network {
     pub mss: Option<(u16, u16)>,
     /// Whether 802.1Q and 802.1ad tags are carried as payload.
     pub is_transparent: bool,
+    /// Whether stations are learned from what they send.
+    pub learns: bool,
     /// Who gets multicast that nobody has asked for, if the network knows who has asked; none if it goes to all.
     pub multicast_routers: Option<Receivers>,
     /// Ports here, for flooding.

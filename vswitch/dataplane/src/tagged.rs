@@ -73,7 +73,7 @@ fn answer(
         return Err(DropReason::SpoofedVtep);
     }
     if !sender.is_unspecified() {
-        events.neighbor(sender, mac);
+        events.neighbor(ingress, sender, mac);
     }
     if !asked.is_some_and(|asked| snapshot.underlay.is_ours(asked)) {
         return Err(DropReason::NeighborIgnored);

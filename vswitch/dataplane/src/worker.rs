@@ -4,7 +4,7 @@
 //! something. A port that has had nothing for a while is handed out to be parked ([`Worker::take_idle`]) until its owner
 //! sees its socket become readable; an idle port then costs nothing.
 
-use vswitch_net::{MacAddr, NetworkIndex, PortId};
+use vswitch_net::{MacAddr, PortId};
 use vswitch_xsk::{Packet, Umem, prefetch};
 
 use crate::bucket::Bucket;
@@ -12,11 +12,11 @@ use crate::counters::Counters;
 use crate::counters::OWN;
 use crate::decide::{decide, is_cacheable, known_neighbor};
 use crate::egress::{Egress, Ports, Scratch};
-use crate::event::{Event, Events};
+use crate::event::{Event, Events, OwnWay};
 use crate::icmp;
 use crate::meta::Meta;
 use crate::multicast;
-use crate::parse::{parse, parse_own};
+use crate::parse::{parse, parse_own, tag_of};
 use crate::port::PortIo;
 use crate::reply;
 use crate::shape::{Held, Queue, Shaped, may_wait};
@@ -215,38 +215,31 @@ impl<P: PortIo> Worker<P> {
         Turn { received, is_sending: !self.ports.busy.is_empty(), is_holding: self.counters.held > 0 }
     }
 
-    /// Sends a packet that the switch itself made into a network: as if it came from a port, or from none and then only to
-    /// the ports here.
-    pub fn originate(
-        &mut self,
-        now_ns: u64,
-        snapshot: &Snapshot,
-        network: NetworkIndex,
-        from: Option<PortId>,
-        bytes: &[u8],
-    ) {
+    /// Sends a packet that the switch itself made.
+    pub fn originate(&mut self, now_ns: u64, snapshot: &Snapshot, way: OwnWay, bytes: &[u8]) {
         let Worker { umem, ports, counters, scratch, config, .. } = self;
-        let ingress = from.unwrap_or(OWN);
-        let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns };
+        let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns, is_quiet: true };
+        let (network, ingress) = match way {
+            OwnWay::Flood { network, from } => (network, from),
+            OwnWay::Ports(network) | OwnWay::Peers(network) | OwnWay::Peer(network, _) => (network, OWN),
+            OwnWay::Port(port) => {
+                if let Some(packet) = out.umem.packet_from(bytes) {
+                    count_received(out.counters, OWN, std::slice::from_ref(&packet));
+                    out.send(packet, OWN, port, None);
+                }
+                return self.flush();
+            }
+        };
         // A frame that is taken must be sent or dropped.
         let Some(info) = snapshot.network(network) else { return };
         let Some(packet) = out.umem.packet_from(bytes) else { return };
         count_received(out.counters, ingress, std::slice::from_ref(&packet));
-        match parse_own(&packet, ingress, network, snapshot, config.seed) {
-            Ok(meta) if from.is_some() => out.flood(packet, &meta, info),
-            Ok(meta) => out.flood_ports(packet, &meta, info),
-            Err(reason) => out.drop(packet, ingress, reason),
-        }
-        self.flush();
-    }
-
-    /// Sends a packet that the switch itself made out of one port, as it is.
-    pub fn originate_by(&mut self, now_ns: u64, snapshot: &Snapshot, port: PortId, bytes: &[u8]) {
-        let Worker { umem, ports, counters, scratch, .. } = self;
-        let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns };
-        if let Some(packet) = out.umem.packet_from(bytes) {
-            count_received(out.counters, OWN, std::slice::from_ref(&packet));
-            out.send(packet, OWN, port, None);
+        match (parse_own(&packet, ingress, network, snapshot, config.seed), way) {
+            (Err(reason), _) => out.drop(packet, ingress, reason),
+            (Ok(meta), OwnWay::Peer(_, peer)) => out.encap(packet, &meta, peer, network, None),
+            (Ok(meta), OwnWay::Peers(_)) => out.flood_peers(packet, &meta, info),
+            (Ok(meta), OwnWay::Ports(_)) => out.flood_ports(packet, &meta, info),
+            (Ok(meta), _) => out.flood(packet, &meta, info),
         }
         self.flush();
     }
@@ -351,7 +344,7 @@ impl<P: PortIo> Worker<P> {
             }
             if !self.scratch.to[at].is_empty() {
                 let Worker { umem, ports, counters, scratch, .. } = self;
-                Egress { ports, umem, counters, snapshot, scratch, now_ns }.release(port);
+                Egress { ports, umem, counters, snapshot, scratch, now_ns, is_quiet: false }.release(port);
             }
         }
     }
@@ -372,7 +365,7 @@ impl<P: PortIo> Worker<P> {
     fn process(&mut self, ingress: PortId, now_ns: u64, snapshot: &Snapshot) {
         let Worker { umem, ports, flows, counters, events, fragments, scratch, burst, config, .. } = self;
         let Burst { packets, slots, local, encap, .. } = burst;
-        let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns };
+        let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns, is_quiet: false };
         for packet in packets.iter() {
             prefetch(packet.head().first_byte());
         }
@@ -383,12 +376,15 @@ impl<P: PortIo> Worker<P> {
                 tagged::take(packet, ingress, config.seed, &mut out, events);
                 continue;
             }
+            // Parsing takes the tag of a trunk off; who looks sees it.
+            let tag = if is_mirrored { tag_of(packet.head().data()) } else { None };
+            let tagged_len = packet.len();
             let parsed = parse(&mut packet, ingress, snapshot, config.seed)
                 .and_then(|meta| follow(fragments, meta, now_ns, config.seed));
             match parsed {
                 Ok(meta) => {
                     if is_mirrored {
-                        out.mirror_from(&packet, &meta);
+                        out.mirror_from(&packet, &meta, tag.filter(|_| packet.len() < tagged_len));
                     }
                     flows.prefetch(meta.hash);
                     slots.push(Slot { packet: Some(packet), meta, found: None, action: None });
@@ -477,7 +473,7 @@ fn miss<P: PortIo>(
     let network = out.snapshot.network(meta.network)?;
     if let (Some(_), Some(location)) = (&network.multicast_routers, decision.learn) {
         multicast::memberships(meta, packet.head().data(), |membership| {
-            if !events.group(meta.network, location, membership) {
+            if !events.group(meta.network, meta.source, location, membership) {
                 out.counters.events_lost += 1;
             }
         });

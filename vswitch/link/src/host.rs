@@ -17,9 +17,14 @@ use crate::follow::kernel_route;
 use crate::veth::{route_message, seal};
 use crate::{Kernel, LinkError, errno, ethtool, refused};
 
-/// The protocol number of our routes in the kernel's tables (`rtnetlink(7)`, `rtm_protocol`): one that nobody else uses,
-/// so that routing daemons can tell them from others.
+/// The protocol number of routes to pods here in the kernel's tables (`rtnetlink(7)`, `rtm_protocol`): one that nobody else
+/// uses, so that routing daemons can tell what to advertise.
 pub const HOST_PROTOCOL: u8 = 118;
+
+/// That of routes by way of the switch to other nodes' pods, which are not this node's to advertise.
+pub const REMOTE_PROTOCOL: u8 = 119;
+
+const FAMILIES: [AddressFamily; 2] = [AddressFamily::Inet, AddressFamily::Inet6];
 
 const ESRCH: i32 = 3;
 const EEXIST: i32 = 17;
@@ -31,6 +36,8 @@ pub struct HostRoute {
     pub prefix: IpNet,
     /// MTU of the route; none for the link's.
     pub mtu: Option<u32>,
+    /// Its protocol number, [`HOST_PROTOCOL`] or [`REMOTE_PROTOCOL`].
+    pub protocol: u8,
 }
 
 impl Kernel {
@@ -159,7 +166,7 @@ impl Kernel {
         }
     }
 
-    /// Removes every route of our protocol: an earlier daemon's.
+    /// Removes every route of our protocols: an earlier daemon's.
     ///
     /// # Errors
     ///
@@ -171,7 +178,7 @@ impl Kernel {
         Ok(())
     }
 
-    /// Tables and prefixes of the routes of our protocol.
+    /// Tables and prefixes of the routes of our protocols.
     ///
     /// # Errors
     ///
@@ -182,18 +189,19 @@ impl Kernel {
     }
 }
 
-/// The routes of our protocol. The kernel picks them, which it does for a socket that asked to be taken at its word
+/// The routes of our protocols. The kernel picks them, which it does for a socket that asked to be taken at its word
 /// (`NETLINK_GET_STRICT_CHK`): its tables may have a hundred thousand others.
 async fn own_routes() -> Result<Vec<RouteMessage>, LinkError> {
     let (mut connection, handle, _) = rtnetlink::new_connection().map_err(LinkError::Open)?;
     connection.socket_mut().socket_mut().set_netlink_get_strict_chk(true).map_err(LinkError::Open)?;
     let connection = tokio::spawn(connection);
-    let is_own = |message: &RouteMessage| message.header.protocol == RouteProtocol::Other(HOST_PROTOCOL);
     let mut own = Vec::new();
-    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+    let both = [HOST_PROTOCOL, REMOTE_PROTOCOL].map(RouteProtocol::Other);
+    for (protocol, family) in both.iter().flat_map(|&protocol| FAMILIES.map(|family| (protocol, family))) {
+        let is_own = |message: &RouteMessage| message.header.protocol == protocol;
         let mut wanted = RouteMessage::default();
         wanted.header.address_family = family;
-        wanted.header.protocol = RouteProtocol::Other(HOST_PROTOCOL);
+        wanted.header.protocol = protocol;
         let mut answers = handle.route().get(wanted).execute();
         while let Some(message) = answers.try_next().await.map_err(|error| refused("list the host's routes", error))? {
             own.extend(Some(message).filter(is_own));
@@ -213,7 +221,7 @@ fn host_route(ifindex: u32, table: u32, route: HostRoute) -> RouteMessage {
     }));
     // The gateway lies in none of the link's subnets.
     message.header.flags |= RouteFlags::Onlink;
-    message.header.protocol = RouteProtocol::Other(HOST_PROTOCOL);
+    message.header.protocol = RouteProtocol::Other(route.protocol);
     if let Ok(small) = u8::try_from(table) {
         message.header.table = small;
     } else {

@@ -17,7 +17,7 @@ use std::net::IpAddr;
 
 pub use follow::{Coming, ExternNeighbor, Follower, Forwarding, KernelRoute, News};
 use futures_util::{Stream, TryStreamExt};
-pub use host::{HOST_PROTOCOL, HostRoute};
+pub use host::{HOST_PROTOCOL, HostRoute, REMOTE_PROTOCOL};
 pub use netns::Netns;
 use rtnetlink::Handle;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
@@ -193,15 +193,25 @@ impl Kernel {
         Ok(all.into_iter().flatten().collect())
     }
 
-    /// Addresses of a link that are usable from elsewhere: not link-local, not tentative.
+    /// Addresses of a link that are usable from elsewhere and will be: not link-local, tentative, duplicate, deprecated or
+    /// temporary. In the kernel's order.
     ///
     /// # Errors
     ///
     /// [`LinkError::Refused`].
     pub async fn addresses(&self, ifindex: u32) -> Result<Vec<IpAddr>, LinkError> {
-        use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+        use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
         let usable = |message: AddressMessage| {
-            if message.header.index != ifindex || message.header.scope != AddressScope::Universe {
+            let is_v6 = message.header.family == rtnetlink::packet_route::AddressFamily::Inet6;
+            let flags = message.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Flags(flags) => Some(*flags),
+                _ => None,
+            });
+            // The bit of a temporary IPv6 address is that of a secondary IPv4 one, which is as good as another.
+            let passing = AddressFlags::Tentative | AddressFlags::Dadfailed | AddressFlags::Deprecated;
+            let passing = if is_v6 { passing | AddressFlags::Secondary } else { passing };
+            let is_passing = flags.is_some_and(|flags| flags.intersects(passing));
+            if message.header.index != ifindex || message.header.scope != AddressScope::Universe || is_passing {
                 return None;
             }
             let local = message.attributes.iter().find_map(|attribute| match attribute {
