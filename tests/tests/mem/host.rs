@@ -91,7 +91,7 @@ fn the_host_is_told_what_there_is() {
     }
     let again = r#"{"op":"port_add","link":"x","mac":"02:00:00:00:00:06","network":"pods","port_mappings":[{"host_port":8080,"container_port":81}]}"#;
     let error = switch.ask_json(again).unwrap_err();
-    assert!(error.message.contains("port 8080 of the host (tcp) leads to another pod already"), "{error}");
+    assert!(error.message.contains("port 8080 of the host (tcp) leads to the pod of link web already"), "{error}");
     switch.ask_json(r#"{"op":"port_del","link":"web"}"#).unwrap();
     switch.ask_json(again).unwrap();
 }

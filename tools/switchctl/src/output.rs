@@ -5,7 +5,9 @@ use std::io::{self, Write};
 
 use comfy_table::{ContentArrangement, Table, presets};
 
-use vswitch_api::{Answer, DropInfo, Encap, HostInfo, PortInfo, PortStats, StatsInfo, StatusInfo, UplinkInfo};
+use vswitch_api::{
+    Answer, DropInfo, Encap, HostInfo, NetworkInfo, PortInfo, PortStats, StatsInfo, StatusInfo, UplinkInfo,
+};
 
 /// Free addresses that nobody counts any more.
 const PLENTY: u64 = 1 << 32;
@@ -86,7 +88,19 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
         }
         Answer::Networks { networks } => table(
             out,
-            ["NETWORK", "VNI", "VLAN", "MODE", "SUBNETS", "RANGES", "ROUTER", "SPOOF CHECK", "PORTS", "WIRE MTU"],
+            [
+                "NETWORK",
+                "VNI",
+                "VLAN",
+                "MODE",
+                "SUBNETS",
+                "RANGES",
+                "ROUTER",
+                "SPOOF CHECK",
+                "PORTS",
+                "WIRE MTU",
+                "OPTIONS",
+            ],
             networks.iter().map(|network| {
                 let mode = format!("{:?}", network.mode).to_lowercase();
                 row([
@@ -100,6 +114,7 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
                     &on(network.spoof_check),
                     &network.ports,
                     &network.wire_mtu,
+                    &network_options(network),
                 ])
             }),
         ),
@@ -283,6 +298,13 @@ fn print_port(out: &mut impl Write, port: &PortInfo) -> io::Result<()> {
         route.mtu.map_or(Ok(()), |mtu| write!(out, " mtu {mtu}"))?;
         writeln!(out)?;
     }
+    let limit = port.mac_limit.map(|most| format!("at most {most} stations"));
+    let options: Vec<&str> = port.options.iter().chain(&limit).map(String::as_str).collect();
+    let check = port.check.map(|check| format!("sender check {}", check.name()));
+    let options: Vec<&str> = check.as_deref().into_iter().chain(options).collect();
+    if !options.is_empty() {
+        writeln!(out, "  {}", options.join(", "))?;
+    }
     if port.stations_refused > 0 {
         writeln!(out, "  {} stations beyond its limit were not learned", port.stations_refused)?;
     }
@@ -300,7 +322,8 @@ fn print_port(out: &mut impl Write, port: &PortInfo) -> io::Result<()> {
     for mapping in &port.port_mappings {
         writeln!(
             out,
-            "  port {} of the host leads to {}/{}",
+            "  port {}{} of the host leads to {}/{}",
+            mapping.host_ip.map_or_else(String::new, |ip| format!("{ip} ")),
             mapping.host_port,
             mapping.container_port,
             mapping.protocol.name()
@@ -404,6 +427,13 @@ fn table<const N: usize>(
 
 fn row<const N: usize>(cells: [&dyn Display; N]) -> Vec<String> {
     cells.map(ToString::to_string).into()
+}
+
+fn network_options(network: &NetworkInfo) -> String {
+    let storm =
+        network.storm.map(|storm| format!("storm {}/{}/{}", storm.broadcast, storm.multicast, storm.unknown_unicast));
+    let all: Vec<&str> = network.options.iter().chain(&storm).map(String::as_str).collect();
+    if all.is_empty() { "-".to_owned() } else { all.join(",") }
 }
 
 fn name_of(port: &PortInfo) -> String {

@@ -181,6 +181,18 @@ pub enum SenderCheck {
     AtLeastMac,
 }
 
+impl SenderCheck {
+    /// Its name in the protocol.
+    pub fn name(self) -> &'static str {
+        match self {
+            SenderCheck::None => "none",
+            SenderCheck::Mac => "mac",
+            SenderCheck::Full => "full",
+            SenderCheck::AtLeastMac => "at_least_mac",
+        }
+    }
+}
+
 /// Rates of a port (CNI conventions, `bandwidth`). Ingress is towards the pod. A rate of zero is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields, default)]

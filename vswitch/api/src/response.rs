@@ -7,7 +7,9 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use vswitch_net::{MacAddr, PortId, Vni};
 
-use crate::request::{Attachment, Bandwidth, Encap, FdbTarget, MirrorSpec, NetworkMode, PortMapping};
+use crate::request::{
+    Attachment, Bandwidth, Encap, FdbTarget, MirrorSpec, NetworkMode, PortMapping, SenderCheck, StormLimits,
+};
 
 /// The answer to a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -220,6 +222,15 @@ pub struct PortInfo {
     /// Memberships of multicast groups that were not taken because the port had too many.
     #[serde(default)]
     pub groups_refused: u64,
+    /// What is checked of its packets; none for a port that waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<SenderCheck>,
+    /// `isolated`, `hairpin`, `sticky`, `no native network`: what was asked for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub options: Vec<String>,
+    /// Most stations that are learned here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac_limit: Option<usize>,
     /// VLANs of a trunk.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trunk: Vec<u16>,
@@ -275,6 +286,12 @@ pub struct NetworkInfo {
     pub follow: Option<String>,
     /// Whether senders are checked.
     pub spoof_check: bool,
+    /// `snooping`, `transparent`, `mss clamp`, ...: what differs from the usual.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub options: Vec<String>,
+    /// How much each port may send to many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storm: Option<StormLimits>,
     /// Ports here.
     pub ports: usize,
     /// Routes to peers, asked for and imported.

@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use vswitch_api::{Answer, ApiError, FdbTarget, GroupInfo, MirrorDirection, MirrorSpec, NetworkMode, PortSpec};
+use vswitch_api::{
+    Answer, ApiError, FdbTarget, GroupInfo, MirrorDirection, MirrorSpec, NetworkMode, PortSpec, SenderCheck,
+};
 pub use vswitch_dataplane::OwnWay;
 use vswitch_dataplane::{Bucket, Location, Membership, Mirror, Receivers, Storm};
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId, checksum};
@@ -46,7 +48,7 @@ impl Control {
         }
         match (membership, at) {
             (Membership::Ask, Location::Peer(peer)) => self.tell_groups(now_ns, network, peer),
-            (Membership::Leave(group), Location::Port(port)) if self.desired.has_many(port) => {
+            (Membership::Leave(group), Location::Port(port)) if self.has_many(port) => {
                 if self.groups.leave_unless_heard(now_ns, network, group, at) {
                     self.own.push(Own { way: OwnWay::Ports(network), bytes: membership::query(group, 1) });
                 }
@@ -62,6 +64,14 @@ impl Control {
                 self.own.push(Own { way: OwnWay::Peers(network), bytes: membership::report(station, group) });
             }
         }
+    }
+
+    /// True if several stations may be behind a port.
+    fn has_many(&self, port: PortId) -> bool {
+        self.desired.ports.get(&port).is_some_and(|entry| {
+            let spec = &entry.record.spec;
+            !spec.trunk.is_empty() || spec.hairpin || self.check_of(entry) == SenderCheck::None
+        })
     }
 
     /// Answers another switch: what the ports here want. Once a second is enough.

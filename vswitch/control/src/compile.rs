@@ -95,15 +95,10 @@ impl Control {
 
     fn compile_access(&self, entry: &PortEntry) -> Access {
         let spec = &entry.record.spec;
-        let network = self.desired.networks.values().find(|network| network.index == entry.network);
-        let is_checked = network.is_some_and(|network| network.spec.spoof_check);
-        let check = match spec.check {
-            Some(api::SenderCheck::None) => SenderCheck::None,
-            Some(api::SenderCheck::Mac) => SenderCheck::Mac,
-            Some(api::SenderCheck::Full) => SenderCheck::Full,
-            Some(api::SenderCheck::AtLeastMac) | None if is_checked => SenderCheck::Full,
-            Some(api::SenderCheck::AtLeastMac) => SenderCheck::Mac,
-            None => SenderCheck::None,
+        let check = match self.check_of(entry) {
+            api::SenderCheck::None => SenderCheck::None,
+            api::SenderCheck::Mac | api::SenderCheck::AtLeastMac => SenderCheck::Mac,
+            api::SenderCheck::Full => SenderCheck::Full,
         };
         Access {
             has_native: spec.native,
@@ -112,6 +107,18 @@ impl Control {
             is_hairpin: spec.hairpin,
             is_sticky: spec.sticky,
             ..Access::new(entry.network, spec.mac, spec.addresses.clone(), check)
+        }
+    }
+
+    /// What is checked of a port's packets: what was asked for it, or else what its network says.
+    pub(crate) fn check_of(&self, entry: &PortEntry) -> api::SenderCheck {
+        let network = self.desired.networks.values().find(|network| network.index == entry.network);
+        let is_checked = network.is_some_and(|network| network.spec.spoof_check);
+        match entry.record.spec.check {
+            Some(api::SenderCheck::AtLeastMac) | None if is_checked => api::SenderCheck::Full,
+            Some(api::SenderCheck::AtLeastMac) => api::SenderCheck::Mac,
+            Some(asked) => asked,
+            None => api::SenderCheck::None,
         }
     }
 

@@ -5,9 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use vswitch_api::{
-    ApiError, ErrorCode, FdbSpec, FdbTarget, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec, SenderCheck,
-};
+use vswitch_api::{ApiError, ErrorCode, FdbSpec, FdbTarget, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec};
 use vswitch_dataplane::{Limits, Location, Storm};
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 
@@ -185,16 +183,6 @@ impl Desired {
     /// The network of an 802.1Q identifier.
     pub(crate) fn network_of_vlan(&self, vid: u16) -> Option<NetworkIndex> {
         self.networks.values().find(|network| network.spec.vlan == Some(vid)).map(|network| network.index)
-    }
-
-    /// True if several stations may be behind a port.
-    pub(crate) fn has_many(&self, port: PortId) -> bool {
-        let Some(entry) = self.ports.get(&port) else { return false };
-        let spec = &entry.record.spec;
-        let network = self.networks.values().find(|network| network.index == entry.network);
-        let is_checked = spec.check != Some(SenderCheck::None)
-            && (spec.check.is_some() || network.is_some_and(|network| network.spec.spoof_check));
-        !spec.trunk.is_empty() || spec.hairpin || !is_checked
     }
 
     /// True if a port carries a network, tagged or not.

@@ -106,10 +106,13 @@ impl Control {
             if mapping.host_port == 0 || mapping.container_port == 0 {
                 return Err(invalid("port_mappings: 0 is no port; allowed are 1 to 65535"));
             }
-            let others = self.desired.ports.values().flat_map(|port| &port.record.spec.port_mappings);
-            if others.chain(&spec.port_mappings[..at]).any(|other| collides(other, mapping)) {
+            let others = self.desired.ports.values().map(|port| &port.record.spec);
+            let others = others.flat_map(|spec| spec.port_mappings.iter().map(|mapping| (spec.link.as_str(), mapping)));
+            let own = spec.port_mappings[..at].iter().map(|mapping| (spec.link.as_str(), mapping));
+            if let Some((link, _)) = others.chain(own).find(|(_, other)| collides(other, mapping)) {
                 return Err(conflict(format!(
-                    "port_mappings: port {} of the host ({}) leads to another pod already",
+                    "port_mappings: port {} of the host ({}) leads to the pod of link {link} already: \
+                     `switchctl port show {link}`",
                     mapping.host_port,
                     mapping.protocol.name()
                 )));

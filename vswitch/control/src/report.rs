@@ -78,6 +78,7 @@ impl Control {
             routes: self.routes_of(network, spec, entry.record.mtu),
             stations_refused: self.desired.refused.get(&id).copied().unwrap_or(0),
             groups_refused: self.groups.refused(Location::Port(id)),
+            check: Some(self.check_of(entry)),
             xdp_mode,
             xdp_fallback,
             copy_modes,
@@ -228,6 +229,8 @@ impl Control {
             vlan: entry.spec.vlan,
             follow: entry.spec.follow.clone(),
             spoof_check: entry.spec.spoof_check,
+            options: network_options(&entry.spec),
+            storm: entry.spec.storm,
             ports: self.desired.ports.values().filter(|port| port.network == entry.index).count(),
             routes: self.desired.routes.keys().filter(|(network, _)| *network == entry.index).count()
                 + self.desired.imported.keys().filter(|(network, _)| *network == entry.index).count(),
@@ -430,6 +433,22 @@ fn pod_prefix(address: IpAddr, network: &NetworkEntry) -> IpNet {
     IpNet::new_assert(address, length)
 }
 
+/// What of a network differs from the usual.
+fn network_options(spec: &NetworkSpec) -> Vec<String> {
+    named(&[
+        (spec.mss_clamp, "mss clamp"),
+        (spec.multicast_snooping, "snooping"),
+        (spec.transparent, "transparent"),
+        (!spec.learning, "no learning"),
+        (!spec.neighbor_suppression, "no suppression"),
+    ])
+}
+
+/// The names of what holds.
+fn named(all: &[(bool, &str)]) -> Vec<String> {
+    all.iter().filter(|(holds, _)| *holds).map(|(_, name)| (*name).to_owned()).collect()
+}
+
 /// What a record says by itself.
 fn record_info(record: &PortRecord) -> PortInfo {
     let spec = &record.spec;
@@ -447,6 +466,14 @@ fn record_info(record: &PortRecord) -> PortInfo {
         labels: spec.labels.clone(),
         stations_refused: 0,
         groups_refused: 0,
+        check: None,
+        options: named(&[
+            (spec.isolated, "isolated"),
+            (spec.hairpin, "hairpin"),
+            (spec.sticky, "sticky"),
+            (!spec.native, "no native network"),
+        ]),
+        mac_limit: spec.mac_limit,
         trunk: spec.trunk.clone(),
         bandwidth: spec.bandwidth,
         port_mappings: spec.port_mappings.clone(),

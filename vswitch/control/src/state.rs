@@ -5,7 +5,7 @@
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use vswitch_api::{FdbSpec, FdbTarget, MirrorSpec, NetworkSpec, PeerSpec, PortSpec, Request, RouteSpec};
+use vswitch_api::{ErrorCode, FdbSpec, FdbTarget, MirrorSpec, NetworkSpec, PeerSpec, PortSpec, Request, RouteSpec};
 use vswitch_net::PortId;
 
 use crate::Control;
@@ -52,7 +52,9 @@ pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Bac
     let early = networks.into_iter().map(Request::NetworkAdd).chain(peers.into_iter().map(Request::PeerAdd));
     for request in early.chain(routes.into_iter().map(Request::RouteAdd)) {
         if let Err(error) = control.apply(request, backend) {
-            lost.push(error.message);
+            let is_conflict = error.code == ErrorCode::Conflict;
+            let why = if is_conflict { "what a request made gives way to the configuration: " } else { "" };
+            lost.push(format!("{why}{}", error.message));
         }
     }
     for (network, range, at) in cursors {

@@ -51,7 +51,7 @@ pub enum LinkError {
     },
     /// The namespace cannot be entered.
     #[error(
-        "cannot enter the network namespace {path}: {source}; does it exist still? (`ip netns list`, `lsns -t net`)"
+        "cannot enter the network namespace {path}: {source}; name its file, as /run/netns/blue (`ip netns list`, `lsns -t net`)"
     )]
     Netns {
         /// Its path.
