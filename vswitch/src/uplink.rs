@@ -209,7 +209,10 @@ fn update(change: &Change<'_>, config: &Uplink, control: &mut Control, links: &m
     let renamed = (link.name != *name).then(|| format!("renamed from {name}: set uplink.link = \"{}\"", link.name));
     let foreign = foreign.map(|vtep| format!("vtep {vtep} is no address of this node"));
     if let Some(foreign) = foreign.as_ref().filter(|_| known.is_none()) {
-        warn!("uplink {}: {foreign}: packets to it will not arrive; set uplink.vtep", link.name);
+        warn!(
+            "uplink {}: {foreign}: packets to it will not arrive; give the node the address, or correct uplink.vtep",
+            link.name
+        );
     }
     let stacked =
         is_stacked(link).then(|| format!("a {} link: always copy mode", link.kind.as_deref().unwrap_or_default()));

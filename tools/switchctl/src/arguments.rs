@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use ipnet::IpNet;
 use vswitch_api::{
@@ -99,9 +99,10 @@ pub(crate) enum PortCommand {
 }
 
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("what").required(true).args(["netns", "link"])))]
 pub(crate) struct PortAdd {
     /// The namespace to plug in, as /run/netns/blue; an interface is made in it. Or name a --link.
-    #[arg(long, required_unless_present = "link", conflicts_with = "link")]
+    #[arg(long)]
     pub(crate) netns: Option<PathBuf>,
     /// Name of the interface in the namespace.
     #[arg(long, default_value = "eth0")]
@@ -297,6 +298,7 @@ pub(crate) enum FdbCommand {
         mac: MacAddr,
     },
     /// Adds a static station.
+    #[command(group(ArgGroup::new("at").required(true).args(["port", "peer"])))]
     Add {
         /// Its MAC address.
         mac: MacAddr,
@@ -304,7 +306,7 @@ pub(crate) enum FdbCommand {
         #[arg(long)]
         network: String,
         /// Behind the port of this link.
-        #[arg(long, required_unless_present = "peer", conflicts_with = "peer")]
+        #[arg(long, value_name = "LINK")]
         port: Option<String>,
         /// Behind this peer.
         #[arg(long)]
@@ -337,6 +339,7 @@ pub(crate) enum MirrorCommand {
 }
 
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("to").required(true).args(["to_port", "to_peer"])))]
 pub(crate) struct MirrorAdd {
     name: String,
     /// The link of a port to look at; may be repeated.
@@ -346,7 +349,7 @@ pub(crate) struct MirrorAdd {
     #[arg(long, value_parser = directions(), default_value = "both")]
     direction: MirrorDirection,
     /// The link of the port that gets the copies.
-    #[arg(long, value_name = "LINK", required_unless_present = "to_peer", conflicts_with = "to_peer")]
+    #[arg(long, value_name = "LINK")]
     to_port: Option<String>,
     /// The peer that gets the copies, in VXLAN.
     #[arg(long, value_name = "PEER", requires = "network")]

@@ -128,7 +128,8 @@ impl Control {
             return None;
         }
         let mut postrouting = String::new();
-        for (family, is_v6, local) in [("ip", false, "127.0.0.0/8"), ("ip6", true, "::1")] {
+        // The kernel lets no packet from ::1 leave (RFC 4291 section 2.5.3), so there is none to masquerade.
+        for (family, is_v6, local) in [("ip", false, Some("127.0.0.0/8")), ("ip6", true, None)] {
             let of_family = |prefix: &&IpNet| prefix.addr().is_ipv6() == is_v6;
             let own = if network.spec.ranges.is_empty() { &network.spec.subnets } else { &network.spec.ranges };
             let own: Vec<IpNet> = own.iter().filter(of_family).copied().collect();
@@ -143,7 +144,9 @@ impl Control {
             let (own, cluster) = (set(&own), set(&IpNet::aggregate(&cluster)));
             if !mappings.is_empty() {
                 // What came to a mapped port from here, or from a pod of any node, must go back the way it came.
-                let _ = writeln!(postrouting, "    oifname \"{link}\" {family} saddr {local} masquerade");
+                if let Some(local) = local {
+                    let _ = writeln!(postrouting, "    oifname \"{link}\" {family} saddr {local} masquerade");
+                }
                 let _ =
                     writeln!(postrouting, "    oifname \"{link}\" ct status dnat {family} saddr {cluster} masquerade");
             }
