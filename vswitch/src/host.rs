@@ -16,7 +16,7 @@ use anyhow::{Context, anyhow, bail};
 use ipnet::IpNet;
 use tracing::{info, warn};
 use vswitch_control::HostPlan;
-use vswitch_link::{HOST_PROTOCOL, HostRoute, Kernel, LinkError, REMOTE_PROTOCOL};
+use vswitch_link::{HOST_PROTOCOL, HostRoute, Kernel, LinkError, REMOTE_PROTOCOL, UdpFlows};
 use vswitch_net::{MacAddr, POD_LINK_MTU};
 
 use crate::config::Host;
@@ -43,6 +43,8 @@ pub(crate) struct HostLink {
     listed: Option<String>,
     /// What these rules do with UDP.
     udp: BTreeSet<(u16, SocketAddr)>,
+    /// Ports whose flows of UDP are looked for once more, and when.
+    udp_again: (BTreeSet<u16>, u64),
     /// What of the plan could not be done; none if all was.
     failure: Option<String>,
     is_down: bool,
@@ -84,6 +86,7 @@ impl HostLink {
             rules: list_rules().ok().flatten().map(|_| String::new()),
             listed: None,
             udp: BTreeSet::new(),
+            udp_again: (BTreeSet::new(), 0),
             failure: None,
             is_down: false,
             looked_ns: 0,
@@ -134,6 +137,10 @@ impl HostLink {
             self.looked_ns = now_ns;
             self.look(kernel).await;
         }
+        if !self.udp_again.0.is_empty() && now_ns >= self.udp_again.1 {
+            let (ports, _) = std::mem::take(&mut self.udp_again);
+            forget_udp_flows(kernel, &ports, UdpFlows::BegunHere).await;
+        }
         if self.is_down || (plan == self.done && self.failure.is_none()) {
             return;
         }
@@ -142,7 +149,7 @@ impl HostLink {
         let steps = [
             self.set_addresses(kernel, &plan).await,
             self.set_routes(kernel, &plan).await,
-            self.set_rules(kernel, &plan).await,
+            self.set_rules(kernel, now_ns, &plan).await,
         ];
         let failures: Vec<String> =
             steps.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
@@ -260,7 +267,7 @@ impl HostLink {
         Ok(())
     }
 
-    async fn set_rules(&mut self, kernel: &Kernel, plan: &HostPlan) -> anyhow::Result<()> {
+    async fn set_rules(&mut self, kernel: &Kernel, now_ns: u64, plan: &HostPlan) -> anyhow::Result<()> {
         if plan.rules == self.rules {
             return Ok(());
         }
@@ -272,7 +279,11 @@ impl HostLink {
         self.listed = list_rules()?;
         let changed = self.udp.symmetric_difference(&plan.udp).map(|&(port, _)| port).collect();
         self.udp = plan.udp.clone();
-        forget_udp_flows(kernel, &changed).await;
+        forget_udp_flows(kernel, &changed, UdpFlows::All).await;
+        if !changed.is_empty() {
+            self.udp_again.0.extend(changed);
+            self.udp_again.1 = now_ns + UDP_AGAIN_NS;
+        }
         Ok(())
     }
 
@@ -293,6 +304,9 @@ impl HostLink {
 }
 
 const EEXIST: i32 = 17;
+
+/// An answer of the host's is on its way for no longer than this.
+const UDP_AGAIN_NS: u64 = 1_000_000_000;
 
 /// Others may take away what was done to the host; so often it is looked.
 const LOOK_EVERY_NS: u64 = 5_000_000_000;
@@ -317,7 +331,7 @@ pub(crate) async fn take_back(kernel: &Kernel, runtime_dir: &Path, held: Option<
     if has_rules && let Err(error) = replace_rules(None) {
         warn!("the table inet vswitch stays: {error:#}");
     }
-    forget_udp_flows(kernel, &udp_ports).await;
+    forget_udp_flows(kernel, &udp_ports, UdpFlows::All).await;
     if let Err(error) = kernel.remove_own_routes().await {
         warn!("routes of the host to pods stay: {error}");
     }
@@ -349,8 +363,8 @@ fn note_settings() -> String {
 }
 
 /// Flows that are there already do not ask the rules.
-async fn forget_udp_flows(kernel: &Kernel, ports: &BTreeSet<u16>) {
-    if let Err(error) = kernel.forget_udp_flows(ports).await {
+async fn forget_udp_flows(kernel: &Kernel, ports: &BTreeSet<u16>, which: UdpFlows) {
+    if let Err(error) = kernel.forget_udp_flows(ports, which).await {
         warn!("{error}: UDP to ports {ports:?} that comes already goes on as it did, until it pauses");
     }
 }

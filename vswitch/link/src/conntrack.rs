@@ -18,20 +18,32 @@ use crate::{Kernel, LinkError};
 
 const ENOENT: i32 = 2;
 
+/// Which flows of UDP at ports of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UdpFlows {
+    /// Those that began there or elsewhere.
+    All,
+    /// Those that began there. An answer that is on its way when its flow is forgotten begins a new one, whose other half
+    /// no rule is asked for.
+    BegunHere,
+}
+
 impl Kernel {
-    /// Forgets the UDP flows to ports of the host, so that the rules decide anew about their next packet; how many they
+    /// Forgets the UDP flows at ports of the host, so that the rules decide anew about their next packet; how many they
     /// were. Flows that only pass through the host are left alone.
     ///
     /// # Errors
     ///
     /// [`LinkError::Open`] or [`LinkError::Refused`].
-    pub async fn forget_udp_flows(&self, ports: &BTreeSet<u16>) -> Result<usize, LinkError> {
+    pub async fn forget_udp_flows(&self, ports: &BTreeSet<u16>, which: UdpFlows) -> Result<usize, LinkError> {
         if ports.is_empty() {
             return Ok(0);
         }
         let own: BTreeSet<IpAddr> = self.all_addresses().await?.into_iter().collect();
+        let is_here =
+            |(address, port): (IpAddr, u16)| ports.contains(&port) && (own.contains(&address) || address.is_loopback());
         let is_ours = |flow: &Flow| {
-            flow.is_udp && ports.contains(&flow.port) && (own.contains(&flow.address) || flow.address.is_loopback())
+            flow.is_udp && (is_here(flow.source) || (which == UdpFlows::All && is_here(flow.destination)))
         };
         let (connection, handle, _) = new_connection::<NetfilterMessage>(NETLINK_NETFILTER).map_err(LinkError::Open)?;
         let connection = tokio::spawn(connection);
@@ -62,29 +74,33 @@ async fn forget(
     Ok(forgotten)
 }
 
-/// Where the first packet of a flow went.
+/// Whence the first packet of a flow came, and where it went.
 struct Flow {
     is_udp: bool,
-    address: IpAddr,
-    port: u16,
+    source: (IpAddr, u16),
+    destination: (IpAddr, u16),
 }
 
 impl Flow {
     fn of(tuple: &[Tuple]) -> Option<Flow> {
-        let (mut address, mut protocol, mut port) = (None, None, None);
+        let (mut protocol, mut addresses, mut ports) = (None, [None; 2], [None; 2]);
         for part in tuple {
             match part {
-                Tuple::Ip(addresses) => {
-                    address = addresses.iter().find_map(|part| match part {
-                        IPTuple::DestinationAddress(address) => Some(*address),
-                        _ => None,
-                    });
+                Tuple::Ip(parts) => {
+                    for part in parts {
+                        match part {
+                            IPTuple::SourceAddress(address) => addresses[0] = Some(*address),
+                            IPTuple::DestinationAddress(address) => addresses[1] = Some(*address),
+                            _ => {}
+                        }
+                    }
                 }
                 Tuple::Proto(parts) => {
                     for part in parts {
                         match part {
                             ProtoTuple::Protocol(of) => protocol = Some(*of),
-                            ProtoTuple::DestinationPort(of) => port = Some(*of),
+                            ProtoTuple::SourcePort(port) => ports[0] = Some(*port),
+                            ProtoTuple::DestinationPort(port) => ports[1] = Some(*port),
                             _ => {}
                         }
                     }
@@ -92,7 +108,11 @@ impl Flow {
                 _ => {}
             }
         }
-        Some(Flow { is_udp: protocol? == Protocol::Udp, address: address?, port: port? })
+        Some(Flow {
+            is_udp: protocol? == Protocol::Udp,
+            source: (addresses[0]?, ports[0]?),
+            destination: (addresses[1]?, ports[1]?),
+        })
     }
 }
 

@@ -15,6 +15,7 @@ mod veth;
 
 use std::net::IpAddr;
 
+pub use conntrack::UdpFlows;
 pub use follow::{Coming, ExternNeighbor, Follower, Forwarding, KernelRoute, News};
 use futures_util::{Stream, TryStreamExt};
 pub use host::{HOST_PROTOCOL, HostRoute, REMOTE_PROTOCOL};
