@@ -284,7 +284,7 @@ fn tcpdump_sees_a_mirror() {
     let shown = daemon.run_ctl(&["mirror", "list"]).unwrap();
     assert!(shown.contains("watch") && shown.contains("both"), "{shown}");
     let file = lab.directory().join("mirror.txt");
-    let capture = format!("tcpdump -n -l -v -i eth0 icmp or tcp > {} 2>/dev/null", file.display());
+    let capture = format!("exec tcpdump -n -l -v -i eth0 icmp or tcp > {} 2>/dev/null", file.display());
     lab.spawn(&probe, &["sh", "-c", &capture]).unwrap();
     crate::serve_iperf3(lab, &two);
     let text = || std::fs::read_to_string(&file).unwrap_or_default();

@@ -159,7 +159,7 @@ fn a_transparent_network_and_a_mirror_to_a_peer() {
     near.await_ping(&far_ips[0]).unwrap();
     daemon.run_ctl(&["mirror", "add", "tap", "--port", &link, "--to-peer", "other", "--network", "qinq"]).unwrap();
     let file = lab.directory().join("mirror.txt");
-    let capture = format!("tcpdump -n -l -i wire udp port 4789 > {} 2>/dev/null", file.display());
+    let capture = format!("exec tcpdump -n -l -i wire udp port 4789 > {} 2>/dev/null", file.display());
     lab.spawn(&other, &["sh", "-c", &capture]).unwrap();
     let text = || std::fs::read_to_string(&file).unwrap_or_default();
     lab::wait_for(10, || {
@@ -259,7 +259,7 @@ peer = "other"
     let (far, far_ips) = crate::add_pod(lab, &daemons[1], "far");
     near.await_ping(&far_ips[0]).unwrap();
     let file = lab.directory().join("wire.txt");
-    let capture = format!("tcpdump -n -l -i br0 udp port 4789 >> {} 2>/dev/null", file.display());
+    let capture = format!("exec tcpdump -n -l -i br0 udp port 4789 >> {} 2>/dev/null", file.display());
     lab.spawn(&lan, &["sh", "-c", &capture]).unwrap();
     let text = || std::fs::read_to_string(&file).unwrap_or_default();
     let travels = |family: &str| {

@@ -164,7 +164,7 @@ ranges = ["10.244.{}.0/24"]
     lab::wait_for(10, || daemons.iter().all(|daemon| daemon.ctl(&["status"]).unwrap()["peers_reachable"] == 2))
         .unwrap();
     let seen = lab.directory().join("seen.txt");
-    let capture = format!("tcpdump -n -l -i br0 'icmp or udp port 4789' > {} 2>/dev/null", seen.display());
+    let capture = format!("exec tcpdump -n -l -i br0 'icmp or udp port 4789' > {} 2>/dev/null", seen.display());
     lab.spawn(&lan, &["sh", "-c", &capture]).unwrap();
     for (from, to) in [(0, 1), (0, 2), (1, 2)] {
         pods[from].0.await_ping(&pods[to].1[0]).unwrap();
