@@ -34,7 +34,7 @@ pub(crate) fn mld_query(group: Option<Ipv6Addr>, seconds: u8) -> Vec<u8> {
     // Robustness 2, an interval of 125 seconds, no sources.
     body.extend_from_slice(&[2, 125, 0, 0]);
     let to = group.unwrap_or(all);
-    icmpv6(group_mac_v6(to), GATEWAY_MAC, link_local(GATEWAY_MAC), to, 1, &ALERT_V6, body)
+    icmpv6(group_mac_v6(to), GATEWAY_MAC, GATEWAY_MAC.link_local(), to, 1, &ALERT_V6, body)
 }
 
 /// What a station has said, said for it: that it wants a group. An IGMPv2 report from nobody (RFC 4541 section 2.1.1), or one
@@ -45,7 +45,7 @@ pub(crate) fn report(station: MacAddr, group: IpAddr) -> Vec<u8> {
         IpAddr::V6(v6) => {
             let mut body = vec![131, 0, 0, 0, 0, 0, 0, 0];
             body.extend_from_slice(&v6.octets());
-            icmpv6(group_mac_v6(v6), station, link_local(station), v6, 1, &ALERT_V6, body)
+            icmpv6(group_mac_v6(v6), station, station.link_local(), v6, 1, &ALERT_V6, body)
         }
     }
 }
@@ -71,10 +71,4 @@ fn igmp(from: MacAddr, to: Ipv4Addr, kind: u8, code: u8, group: Ipv4Addr) -> Vec
 fn group_mac_v6(group: Ipv6Addr) -> MacAddr {
     let [.., c, d, e, f] = group.octets();
     MacAddr([0x33, 0x33, c, d, e, f])
-}
-
-/// RFC 4291 appendix A.
-fn link_local(mac: MacAddr) -> Ipv6Addr {
-    let [a, b, c, d, e, f] = mac.0.map(u16::from);
-    Ipv6Addr::new(0xfe80, 0, 0, 0, (a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f)
 }

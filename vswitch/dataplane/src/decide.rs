@@ -3,7 +3,7 @@
 //! Anti-spoofing first, then what the switch answers itself (ARP and neighbor solicitation for a gateway), then the FDB
 //! or the routes. The verdict is pure; learning and the flow entry are the caller's.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 
 use vswitch_net::{MacAddr, PortId};
 
@@ -254,7 +254,7 @@ fn check_sender(
             // routed network takes neither further, so there it may be any.
             let is_local = |address: IpAddr| match address {
                 IpAddr::V4(_) => false,
-                IpAddr::V6(v6) if network.mode == NetworkMode::Bridged => v6 == link_local(access.mac),
+                IpAddr::V6(v6) if network.mode == NetworkMode::Bridged => v6 == access.mac.link_local(),
                 IpAddr::V6(v6) => v6.is_unicast_link_local(),
             };
             let is_none_yet = meta.kind == Kind::V6 && source.is_unspecified();
@@ -294,7 +294,7 @@ fn check_discovery(meta: &Meta, head: &[u8], access: &Access) -> Result<(), Drop
         NEIGHBOR_SOLICITATION => message + 24,
         NEIGHBOR_ADVERTISEMENT => {
             let target = v6_at(head, message + 8)?;
-            if !access.addresses.contains(&target.into()) && target != link_local(access.mac) {
+            if !access.addresses.contains(&target.into()) && target != access.mac.link_local() {
                 return Err(DropReason::SpoofedNeighbor);
             }
             message + 24
@@ -315,12 +315,6 @@ fn check_discovery(meta: &Meta, head: &[u8], access: &Access) -> Result<(), Drop
         rest = behind;
     }
     Ok(())
-}
-
-/// The link-local address that a MAC gives (RFC 4291 appendix A).
-pub(crate) fn link_local(mac: MacAddr) -> Ipv6Addr {
-    let [a, b, c, d, e, f] = mac.0.map(u16::from);
-    Ipv6Addr::new(0xfe80, 0, 0, 0, (a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f)
 }
 
 fn answer_arp(meta: &Meta, head: &[u8], gateway: &Gateway) -> Result<Verdict, DropReason> {

@@ -7,7 +7,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use vswitch_net::{GATEWAY_MAC, checksum};
 
-use crate::decide::link_local;
 use crate::meta::{Kind, Meta};
 use crate::parse::{ICMPV6, u16_at, u32_at, v6_at};
 
@@ -58,7 +57,7 @@ pub(crate) fn is_ask(meta: &Meta, head: &[u8]) -> bool {
     match (meta.kind, meta.addresses()) {
         (Kind::V4, Some((source, _))) => meta.protocol == IGMP && kind == 0x11 && source.is_unspecified(),
         (Kind::V6, Some((source, _))) => {
-            meta.protocol == ICMPV6 && kind == 130 && source == IpAddr::V6(link_local(GATEWAY_MAC))
+            meta.protocol == ICMPV6 && kind == 130 && source == IpAddr::V6(GATEWAY_MAC.link_local())
         }
         _ => false,
     }
