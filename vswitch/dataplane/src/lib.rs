@@ -27,6 +27,7 @@ pub mod meta;
 mod multicast;
 pub mod parse;
 mod port;
+mod replicate;
 mod reply;
 mod segment;
 mod shape;
