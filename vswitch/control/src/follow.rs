@@ -88,7 +88,7 @@ impl Control {
 
     /// Takes note of an entry for the zero MAC: a VTEP gets the network's floods, or no more.
     pub fn follow_flood(&mut self, network: NetworkIndex, vtep: IpAddr, is_there: bool) {
-        if !self.desired.is_bridged(network) || self.imported_peer(vtep).is_none() {
+        if !self.desired.is_bridged(network) || (is_there && self.imported_peer(vtep).is_none()) {
             return;
         }
         let flood = &mut self.desired.followed.entry(network).or_default().flood;
