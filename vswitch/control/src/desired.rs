@@ -13,7 +13,7 @@ use crate::backend::Attached;
 use crate::follow::Followed;
 use crate::learned::PlaceLimits;
 use crate::routes::routers;
-use crate::state::{PortRecord, State};
+use crate::state::{PortRecord, State, Waiting};
 use crate::{HOST_PORT, is_uplink};
 
 /// What was asked for.
@@ -39,11 +39,7 @@ pub(crate) struct Desired {
     /// Where the built-in IPAM goes on looking, by network and range, so that an address is not reused at once.
     pub(crate) cursors: BTreeMap<(String, IpNet), u128>,
     /// Ports of a former daemon that could not be adopted yet. Their addresses stay theirs.
-    pub(crate) waiting: Vec<PortRecord>,
-    /// Why each of them waits, by link.
-    pub(crate) waiting_reasons: BTreeMap<String, String>,
-    /// Stations that were asked for at those ports.
-    pub(crate) waiting_stations: Vec<FdbSpec>,
+    pub(crate) waiting: Vec<Waiting>,
     last_port: u16,
     last_network: u16,
     last_peer: u16,
@@ -165,8 +161,9 @@ impl Desired {
     pub(crate) fn addresses(&self, network: NetworkIndex) -> BTreeSet<IpAddr> {
         let ports = self.ports.values().filter(|port| port.network == network);
         let name = self.network_name(network);
-        let waiting = self.waiting.iter().filter(|record| record.spec.network.as_deref() == Some(&name));
-        let specs = ports.map(|port| &port.record.spec).chain(waiting.map(|record| &record.spec));
+        let waiting = self.waiting.iter().map(|waiting| &waiting.record.spec);
+        let waiting = waiting.filter(|spec| spec.network.as_deref() == Some(&name));
+        let specs = ports.map(|port| &port.record.spec).chain(waiting);
         let own = self.networks.get(&name).map(|network| routers(&network.spec)).unwrap_or_default();
         specs.flat_map(|spec| spec.addresses.iter().copied()).chain(own).collect()
     }
@@ -201,26 +198,24 @@ impl Desired {
             }
     }
 
-    /// Forgets what only makes sense with a port: mirrors to it and of it, and what waits with it.
+    /// Forgets what only makes sense with a port: mirrors to it and of it.
     pub(crate) fn forget_link(&mut self, link: &str) {
         let at = FdbTarget::Port(link.to_owned());
         self.mirrors.retain(|_, mirror| {
             mirror.ports.retain(|other| other != link);
             !mirror.ports.is_empty() && mirror.to != at
         });
-        self.waiting_stations.retain(|station| station.at != at);
-        self.waiting_reasons.remove(link);
     }
 
     /// Forgets a station that waits with its port. True if there was one.
     pub(crate) fn forget_waiting_station(&mut self, network: &str, mac: MacAddr) -> bool {
-        let before = self.waiting_stations.len();
-        self.waiting_stations.retain(|station| station.network != network || station.mac != mac);
-        self.waiting_stations.len() != before
+        let is_meant = |station: &FdbSpec| station.network == network && station.mac == mac;
+        let holder = self.waiting.iter_mut().find(|waiting| waiting.stations.iter().any(is_meant));
+        holder.map(|waiting| waiting.stations.retain(|station| !is_meant(station))).is_some()
     }
 
     pub(crate) fn free_port(&mut self) -> Option<PortId> {
-        let waiting = self.waiting.iter().map(|record| record.id.0);
+        let waiting = self.waiting.iter().map(|waiting| waiting.record.id.0);
         let used: BTreeSet<u16> = self.ports.keys().map(|id| id.0).chain(waiting).chain(0..=HOST_PORT.0).collect();
         next_free(&mut self.last_port, &used).map(PortId)
     }
@@ -279,9 +274,15 @@ impl Desired {
                 })
             })
             .into_iter()
-            .chain(self.waiting_stations.iter().cloned())
+            .chain(self.waiting.iter().flat_map(|waiting| waiting.stations.iter().cloned()))
             .collect(),
-            ports: self.ports.values().map(|entry| &entry.record).chain(&self.waiting).cloned().collect(),
+            ports: self
+                .ports
+                .values()
+                .map(|entry| &entry.record)
+                .chain(self.waiting.iter().map(|waiting| &waiting.record))
+                .cloned()
+                .collect(),
             mirrors: self.mirrors.values().cloned().collect(),
             cursors: self
                 .cursors

@@ -12,7 +12,7 @@ use crate::backend::Backend;
 use crate::checks::{check_mac, check_unicast, conflict, exhausted, invalid, list};
 use crate::desired::{NetworkEntry, PortEntry, not_found};
 use crate::routes::routers;
-use crate::state::PortRecord;
+use crate::state::{PortRecord, Waiting};
 use crate::{Control, Dirty, ipam};
 
 impl Control {
@@ -212,9 +212,10 @@ impl Control {
 
     /// Forgets ports that wait to be adopted. Their links' names may come again, and be others' then.
     pub(crate) fn forget_waiting(&mut self, goes: impl Fn(&PortRecord) -> bool) {
-        let (gone, kept) = std::mem::take(&mut self.desired.waiting).into_iter().partition(|record| goes(record));
+        let goes = |waiting: &Waiting| goes(&waiting.record);
+        let (gone, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut self.desired.waiting).into_iter().partition(goes);
         self.desired.waiting = kept;
-        gone.iter().for_each(|record: &PortRecord| self.desired.forget_link(&record.spec.link));
+        gone.iter().for_each(|waiting| self.desired.forget_link(&waiting.record.spec.link));
     }
 
     fn remove_port(&mut self, id: PortId, backend: &mut dyn Backend) {

@@ -17,7 +17,7 @@ use crate::counts::worker_info;
 use crate::desired::{NetworkEntry, not_found};
 use crate::follow::Followed;
 use crate::routes::routers;
-use crate::state::PortRecord;
+use crate::state::{PortRecord, Waiting};
 use crate::underlay::Uplink;
 use crate::{Control, HOST_PORT, ipam};
 
@@ -56,11 +56,11 @@ impl Control {
 
     /// Ports of the last daemon that wait to be adopted, and why.
     pub(crate) fn waiting_infos(&self, is_meant: impl Fn(&PortRecord) -> bool) -> impl Iterator<Item = PortInfo> {
-        let meant = self.desired.waiting.iter().filter(move |record| is_meant(record));
-        meant.map(|record| PortInfo {
+        let meant = self.desired.waiting.iter().filter(move |waiting| is_meant(&waiting.record));
+        meant.map(|Waiting { record, reason, .. }| PortInfo {
             network: record.spec.network.clone().unwrap_or_default(),
             addresses: record.spec.addresses.iter().map(|&address| address.into()).collect(),
-            waiting: Some(self.desired.waiting_reasons.get(&record.spec.link).cloned().unwrap_or_default()),
+            waiting: Some(reason.clone()),
             ..record_info(record)
         })
     }
@@ -304,7 +304,7 @@ impl Control {
             let age = now_ns.saturating_sub(entry.seen_ns) / 1_000_000_000;
             (network, mac, self.target(entry.location), Some(age))
         });
-        let waiting = self.desired.waiting_stations.iter().filter_map(|station| {
+        let waiting = self.desired.waiting.iter().flat_map(|waiting| &waiting.stations).filter_map(|station| {
             let network = self.desired.network(Some(&station.network)).ok()?.index;
             Some((network, station.mac, station.at.clone(), None))
         });

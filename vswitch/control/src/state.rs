@@ -23,6 +23,16 @@ pub struct PortRecord {
     pub mtu: u32,
 }
 
+/// A port of a former daemon that could not be adopted yet.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    pub(crate) record: PortRecord,
+    /// Why.
+    pub(crate) reason: String,
+    /// Stations that were asked for at it.
+    pub(crate) stations: Vec<FdbSpec>,
+}
+
 /// The document.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
@@ -65,16 +75,13 @@ pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Bac
     for record in ports {
         if let Err(error) = adopt(control, record.clone(), backend) {
             lost.push(format!("port of link {}: {error}", record.spec.link));
-            control.desired.waiting_reasons.insert(record.spec.link.clone(), error);
-            control.desired.waiting.push(record);
+            control.desired.waiting.push(Waiting { record, reason: error, stations: Vec::new() });
         }
     }
-    let waits = |desired: &Desired, link: &str| desired.waiting.iter().any(|record| record.spec.link == link);
     for station in stations {
-        if let FdbTarget::Port(link) = &station.at
-            && waits(&control.desired, link)
-        {
-            control.desired.waiting_stations.push(station);
+        let of = |waiting: &&mut Waiting| station.at == FdbTarget::Port(waiting.record.spec.link.clone());
+        if let Some(waiting) = control.desired.waiting.iter_mut().find(of) {
+            waiting.stations.push(station);
             continue;
         }
         if let Err(error) = control.apply(Request::FdbAdd(station), backend) {
@@ -82,7 +89,9 @@ pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Bac
         }
     }
     // A mirror waits, like the ports that it names; one whose ports are gone would wait for others of the same names.
-    let is_there = |desired: &Desired, link: &str| desired.port_of_link(link).is_some() || waits(desired, link);
+    let is_there = |desired: &Desired, link: &str| {
+        desired.port_of_link(link).is_some() || desired.waiting.iter().any(|waiting| waiting.record.spec.link == link)
+    };
     for mut mirror in mirrors {
         mirror.ports.retain(|link| is_there(&control.desired, link));
         let has_end = if let FdbTarget::Port(link) = &mirror.to { is_there(&control.desired, link) } else { true };
@@ -99,20 +108,15 @@ pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Bac
 /// forgotten.
 pub(crate) fn adopt_waiting(control: &mut Control, link_exists: impl Fn(&str) -> bool, backend: &mut dyn Backend) {
     control.forget_waiting(|record| !link_exists(&record.spec.link));
-    for record in std::mem::take(&mut control.desired.waiting) {
-        let at = FdbTarget::Port(record.spec.link.clone());
-        if let Err(error) = adopt(control, record.clone(), backend) {
-            control.desired.waiting_reasons.insert(record.spec.link.clone(), error);
-            control.desired.waiting.push(record);
-            continue;
-        }
-        control.desired.waiting_reasons.remove(&record.spec.link);
-        let (own, others): (Vec<FdbSpec>, Vec<FdbSpec>) =
-            std::mem::take(&mut control.desired.waiting_stations).into_iter().partition(|station| station.at == at);
-        control.desired.waiting_stations = others;
-        for station in own {
-            // One that was asked for again meanwhile is there already.
-            let _ = control.apply(Request::FdbAdd(station), backend);
+    for waiting in std::mem::take(&mut control.desired.waiting) {
+        match adopt(control, waiting.record.clone(), backend) {
+            Err(reason) => control.desired.waiting.push(Waiting { reason, ..waiting }),
+            Ok(()) => {
+                for station in waiting.stations {
+                    // One that was asked for again meanwhile is there already.
+                    let _ = control.apply(Request::FdbAdd(station), backend);
+                }
+            }
         }
     }
 }
