@@ -21,6 +21,8 @@ use vswitch_net::{MacAddr, POD_LINK_MTU};
 
 use crate::config::Host;
 
+/// What a note may name.
+const SETTINGS: &str = "/proc/sys/net/";
 const FORWARDING_V4: &str = "/proc/sys/net/ipv4/ip_forward";
 const ALL_V4: &str = "/proc/sys/net/ipv4/conf/all";
 const FORWARDING_V6: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
@@ -346,7 +348,7 @@ pub(crate) async fn take_back(kernel: &Kernel, runtime_dir: &Path, held: Option<
         }
     }
     // Forwarding first, which changes the others. Links may be gone.
-    for (path, value) in settings {
+    for (path, value) in settings.into_iter().filter(|(path, _)| path.starts_with(SETTINGS)) {
         let _ = fs::write(path, value);
     }
     let _ = fs::remove_file(path);
