@@ -7,6 +7,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use ipnet::IpNet;
+use serde::de::DeserializeOwned;
 use vswitch_api::{
     Encap, FdbTarget, MirrorDirection, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec, PortMapping, Protocol,
     SenderCheck, StormLimits,
@@ -126,7 +127,7 @@ pub(crate) struct PortAdd {
     #[arg(long)]
     pub(crate) no_default_route: bool,
     /// What is checked of its packets, instead of what the network says.
-    #[arg(long, value_parser = checks())]
+    #[arg(long, value_parser = word::<SenderCheck>(&["none", "mac", "full"]))]
     pub(crate) check: Option<SenderCheck>,
     /// A VLAN of a trunk port; may be repeated. `--network` is the native one.
     #[arg(long = "trunk", value_name = "VLAN")]
@@ -280,7 +281,7 @@ pub(crate) struct PeerAdd {
     #[arg(long = "network")]
     networks: Vec<String>,
     /// How packets of the host's network travel to it.
-    #[arg(long, value_parser = encaps(), default_value = "vxlan")]
+    #[arg(long, value_parser = word::<Encap>(&["vxlan", "cross_subnet", "direct"]), default_value = "vxlan")]
     encap: Encap,
 }
 
@@ -346,7 +347,7 @@ pub(crate) struct MirrorAdd {
     #[arg(long = "port", value_name = "LINK", required = true)]
     ports: Vec<String>,
     /// Which way: both, from (the port) or to (the port).
-    #[arg(long, value_parser = directions(), default_value = "both")]
+    #[arg(long, value_parser = word::<MirrorDirection>(&["both", "from", "to"]), default_value = "both")]
     direction: MirrorDirection,
     /// The link of the port that gets the copies.
     #[arg(long, value_name = "LINK")]
@@ -501,28 +502,11 @@ fn parse_vni(text: &str) -> Result<Vni, String> {
     Vni::try_from(number).map_err(|error| error.to_string())
 }
 
-fn encaps() -> impl TypedValueParser<Value = Encap> {
-    PossibleValuesParser::new(["vxlan", "cross_subnet", "direct"]).map(|text| match text.as_str() {
-        "direct" => Encap::Direct,
-        "cross_subnet" => Encap::CrossSubnet,
-        _ => Encap::Vxlan,
-    })
-}
-
-fn directions() -> impl TypedValueParser<Value = MirrorDirection> {
-    PossibleValuesParser::new(["both", "from", "to"]).map(|text| match text.as_str() {
-        "from" => MirrorDirection::From,
-        "to" => MirrorDirection::To,
-        _ => MirrorDirection::Both,
-    })
-}
-
-fn checks() -> impl TypedValueParser<Value = SenderCheck> {
-    PossibleValuesParser::new(["none", "mac", "full"]).map(|text| match text.as_str() {
-        "none" => SenderCheck::None,
-        "mac" => SenderCheck::Mac,
-        _ => SenderCheck::Full,
-    })
+/// One of some words of the protocol, by its own names for them.
+fn word<T: DeserializeOwned + Clone + Send + Sync + 'static>(
+    words: &'static [&'static str],
+) -> impl TypedValueParser<Value = T> {
+    PossibleValuesParser::new(words).try_map(|word| serde_json::from_value(word.into()))
 }
 
 /// Bits a second, with k, M or G for a thousand, a million, a thousand million.
