@@ -6,6 +6,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
+use vswitch_dataplane::connection::{ConnectionConfig, Connections};
 use vswitch_dataplane::table::route::NextHop;
 use vswitch_dataplane::vxlan::OuterHeader;
 use vswitch_dataplane::{
@@ -87,7 +88,8 @@ impl Rig {
     pub fn new(way: Way, flows: usize) -> Rig {
         let umem = Umem::new(1024).expect("memory");
         let config = WorkerConfig { flow_entries: (flows * 4).max(1024), seed: 0x9d3c_77a1, idle_turns: u32::MAX };
-        let mut worker = Worker::new(umem, config);
+        let connections = Connections::new(ConnectionConfig { seed: 0x77aa, ..ConnectionConfig::default() });
+        let mut worker = Worker::new(umem, config, Arc::new(connections));
         let (from, to) = match way {
             Way::Local => (POD, OTHER_POD),
             Way::Encap => (POD, UPLINK),

@@ -7,5 +7,6 @@
 
 pub mod frames;
 pub mod mem;
+pub mod naive;
 pub mod pod;
 pub mod twin;

@@ -8,6 +8,7 @@ use vswitch_api::{Answer, ApiError, PortInfo, PortSpec, Request};
 use vswitch_control::{
     Attached, Backend, Control, ControlConfig, FlowSample, NextHop, Own, UPLINK_PORT, UplinkState, WorkerSample,
 };
+use vswitch_dataplane::connection::{ConnectionConfig, Connections};
 use vswitch_dataplane::{Counters, DropReason, PortIo, Snapshot, Worker, WorkerConfig};
 use vswitch_net::{MacAddr, PortId, checksum};
 use vswitch_xsk::{Packet, TxChecksum, Umem};
@@ -65,6 +66,8 @@ impl PortIo for MemPort {
 pub struct MemBackend {
     /// The worker.
     pub worker: Worker<MemPort>,
+    /// Its connections.
+    pub connections: Arc<Connections>,
     /// Links whose attachment shall fail.
     pub broken: Vec<String>,
 }
@@ -90,6 +93,10 @@ impl Backend for MemBackend {
         vec![FlowSample { worker: 0, flows: self.worker.flows(since_ns, limit) }]
     }
 
+    fn connections(&self) -> &Connections {
+        &self.connections
+    }
+
     fn process(&self) -> (u32, u64, u64) {
         (0, 0, 0)
     }
@@ -110,11 +117,18 @@ pub struct Switch {
 impl Switch {
     /// A switch without uplink, networks and ports.
     pub fn new() -> Switch {
+        Switch::with_connections(ConnectionConfig { seed: 0xc0ff_ee11, ..ConnectionConfig::default() })
+    }
+
+    /// The same, with a table of connections of one's own.
+    pub fn with_connections(config_of_connections: ConnectionConfig) -> Switch {
         let umem = Umem::new(FRAMES).expect("memory");
         let config = WorkerConfig { flow_entries: 1024, seed: 0x0123_4567_89ab_cdef, idle_turns: u32::MAX };
+        let connections = Arc::new(Connections::new(config_of_connections));
+        let worker = Worker::new(umem, config, connections.clone());
         let mut switch = Switch {
             control: Control::new(ControlConfig::default()),
-            backend: MemBackend { worker: Worker::new(umem, config), broken: Vec::new() },
+            backend: MemBackend { worker, connections, broken: Vec::new() },
             snapshot: Arc::default(),
             now_ns: 1,
         };
@@ -203,7 +217,7 @@ impl Switch {
         loop {
             let turn = self.backend.worker.turn(self.now_ns, &self.snapshot);
             let events: Vec<_> = self.backend.worker.drain_events().collect();
-            events.into_iter().for_each(|event| self.control.learn(self.now_ns, event));
+            events.into_iter().for_each(|event| self.control.learn(self.now_ns, self.now_ns / 1_000_000, event));
             self.publish();
             if turn.received == 0 {
                 break;

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use vswitch_control::{Attached, Backend, FlowSample, MAX_UPLINKS, Own, WorkerSample};
+use vswitch_dataplane::connection::Connections;
 use vswitch_net::PortId;
 use vswitch_xsk::{AttachedProgram, BoundSocket, CopyMode, Role, XdpMode, XdpPreference, ZeroCopy};
 
-use crate::worker::WorkerHandle;
+use crate::worker::{ANSWER_TIMEOUT, WorkerHandle};
 
 /// Frames that a worker must have free to take another port: a fill ring's worth, and as many on their way.
 const FRAMES_OF_A_PORT: usize = 128;
@@ -18,6 +20,7 @@ const FRAMES_OF_A_PORT: usize = 128;
 pub(crate) struct Links {
     workers: Vec<WorkerHandle>,
     attached: BTreeMap<PortId, AttachedLink>,
+    connections: Arc<Connections>,
     xdp: XdpPreference,
     start: Instant,
 }
@@ -32,8 +35,13 @@ struct AttachedLink {
 const MAX_QUEUES: u32 = 64;
 
 impl Links {
-    pub(crate) fn new(workers: Vec<WorkerHandle>, xdp: XdpPreference, start: Instant) -> Links {
-        Links { workers, attached: BTreeMap::new(), xdp, start }
+    pub(crate) fn new(
+        workers: Vec<WorkerHandle>,
+        connections: Arc<Connections>,
+        xdp: XdpPreference,
+        start: Instant,
+    ) -> Links {
+        Links { workers, attached: BTreeMap::new(), connections, xdp, start }
     }
 
     /// Attaches the uplink with all its queues.
@@ -64,6 +72,14 @@ impl Links {
     pub(crate) fn send_own(&self, packets: Vec<Own>) {
         if let (Some(worker), false) = (self.workers.first(), packets.is_empty()) {
             worker.originate(packets);
+        }
+    }
+
+    /// Returns when every worker decides by what was published before.
+    pub(crate) fn sync(&self) {
+        let waiting: Vec<_> = self.workers.iter().map(WorkerHandle::begin_sync).collect();
+        for done in waiting {
+            let _ = done.recv_timeout(ANSWER_TIMEOUT);
         }
     }
 
@@ -141,6 +157,10 @@ impl Backend for Links {
 
     fn flows(&mut self, since_ns: u64, limit: usize) -> Vec<FlowSample> {
         self.workers.iter().filter_map(|worker| worker.flows(since_ns, limit)).collect()
+    }
+
+    fn connections(&self) -> &Connections {
+        &self.connections
     }
 
     fn process(&self) -> (u32, u64, u64) {

@@ -9,6 +9,8 @@ use vswitch_control::MAX_UPLINKS;
 use vswitch_net::MacAddr;
 use vswitch_xsk::{XdpPreference, ZeroCopy};
 
+use crate::judging;
+
 /// The file.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -19,6 +21,8 @@ pub(crate) struct Config {
     pub(crate) host: Host,
     pub(crate) routes: Routes,
     pub(crate) fdb: Fdb,
+    pub(crate) policy: judging::Policy,
+    pub(crate) connections: judging::Connections,
     pub(crate) network: Vec<NetworkSpec>,
     pub(crate) peer: Vec<PeerSpec>,
     pub(crate) route: Vec<RouteSpec>,
@@ -291,6 +295,8 @@ impl Config {
         if self.uplink.udp_port == 0 {
             return Err("uplink.udp_port: 0 is not allowed; allowed are 1 to 65535".to_owned());
         }
+        self.policy.failsafe()?;
+        self.connections.check()?;
         if self.fdb.ageing_seconds == 0 || self.fdb.limit == 0 {
             return Err("fdb.ageing_seconds and fdb.limit: 0 is not allowed; allowed is 1 or more".to_owned());
         }
@@ -329,6 +335,7 @@ mod tests {
             (&shipped.daemon, &shipped.worker, &shipped.fdb),
             (&defaults.daemon, &defaults.worker, &defaults.fdb)
         );
+        assert_eq!((&shipped.policy, &shipped.connections), (&defaults.policy, &defaults.connections));
         assert_eq!((shipped.uplink.udp_port, shipped.uplink.zero_copy), (4789, ZeroCopyMode::Auto));
         assert!(!shipped.network.is_empty());
     }

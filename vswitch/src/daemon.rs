@@ -16,6 +16,7 @@ use tokio::task::spawn_local;
 use tracing::{debug, info, warn};
 use vswitch_api::{Answer, ApiError, ErrorCode, Request};
 use vswitch_control::{Backend, Control, ControlConfig, HOST_PORT, HostState, PodRoutes, UPLINK_PORT};
+use vswitch_dataplane::connection::Connections;
 use vswitch_dataplane::{Event, Snapshot};
 use vswitch_link::plug::update_routes;
 use vswitch_link::{Kernel, LinkState, Watch};
@@ -107,7 +108,8 @@ pub(crate) fn check(config: &Config) -> anyhow::Result<()> {
     choose_cores(&config.worker.cores, config.worker.count).map_err(|error| anyhow!(error))?;
     let mut control = Control::new(control_config(config));
     // A configuration adds no ports, so there is nothing to attach.
-    let mut links = Links::new(Vec::new(), config.daemon.xdp_mode.into(), clock_start());
+    let connections = Arc::new(Connections::new(config.connections.config(&config.policy, 0)));
+    let mut links = Links::new(Vec::new(), connections, config.daemon.xdp_mode.into(), clock_start());
     configure(config, &mut control, &mut links)
 }
 
@@ -136,6 +138,9 @@ fn control_config(config: &Config) -> ControlConfig {
         is_importing: config.routes.is_importing(),
         import_encap: config.routes.encap,
         masquerade: config.host.masquerade,
+        // Checked when it was read.
+        failsafe: config.policy.failsafe().unwrap_or_default(),
+        requires_endpoints: config.policy.require_endpoints,
         fdb_ageing_ns: config.fdb.ageing_seconds.saturating_mul(1_000_000_000),
         fdb_limit: config.fdb.limit,
     }
@@ -152,7 +157,9 @@ impl Daemon {
         let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
         let (events, inbox) = crossbeam_channel::bounded(EVENT_QUEUE);
         let news = Arc::new(Notify::new());
-        let shared = Shared { snapshot: snapshot.clone(), events, news: news.clone(), start };
+        let connections = Arc::new(Connections::new(config.connections.config(&config.policy, random_seed())));
+        let shared =
+            Shared { snapshot: snapshot.clone(), events, news: news.clone(), connections: connections.clone(), start };
         let sizes = &config.worker;
         let cores = choose_cores(&sizes.cores, sizes.count).map_err(|error| anyhow!(error))?;
         let is_busy = sizes.poll == Poll::Busy;
@@ -173,7 +180,7 @@ impl Daemon {
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let control = Control::new(control_config(&config));
-        let links = Links::new(workers, config.daemon.xdp_mode.into(), start);
+        let links = Links::new(workers, connections, config.daemon.xdp_mode.into(), start);
         let daemon = Daemon {
             config,
             store,
@@ -271,6 +278,14 @@ impl Daemon {
 
     /// Adopts the ports of the last daemon.
     fn restore(&self) {
+        // First what protects the ports, then the ports.
+        let (journal, wrong) = self.store.load_journal();
+        wrong.iter().for_each(|sentence| warn!("{sentence}"));
+        let lost = self.control.borrow_mut().restore_policies(journal, &mut *self.links.borrow_mut());
+        lost.iter().for_each(|sentence| warn!("not taken over: {sentence}"));
+        if let Err(error) = self.store.rewrite_journal(&self.control.borrow().whole_journal()) {
+            warn!("policies could not be noted, a restart will not know them: {error}");
+        }
         let state = match self.store.load() {
             Ok(Some(state)) => state,
             Ok(None) => return,
@@ -284,6 +299,7 @@ impl Daemon {
 
     pub(crate) async fn handle(&self, request: Request) -> Result<Answer, ApiError> {
         let is_change = !request.is_question();
+        let is_policy = request.is_policy();
         let asked = format!("{request}");
         if let Request::PortAdd(spec) = &request {
             self.check_link(&spec.link).await?;
@@ -317,11 +333,34 @@ impl Daemon {
         }
         if is_change {
             self.publish();
+            // Whoever is told that it is done may rely on it for the very next packet.
+            self.links.borrow().sync();
+            self.note();
+        }
+        if is_change && !is_policy {
             self.save();
             self.carry_out().await;
             self.stale.notify_one();
         }
         answer
+    }
+
+    /// Notes what has changed of policies and endpoints.
+    fn note(&self) {
+        let entries = self.control.borrow_mut().take_journal();
+        if !entries.is_empty()
+            && let Err(error) = self.store.append_journal(&entries)
+        {
+            warn!("a policy could not be noted, a restart will not know it: {error}");
+        }
+    }
+
+    /// Forgets silent connections, some shards at a time.
+    pub(crate) fn sweep(&self, turn: usize) {
+        const SHARDS_A_SECOND: usize = 32;
+        let links = self.links.borrow();
+        let connections = links.connections();
+        (0..SHARDS_A_SECOND).for_each(|step| connections.sweep(self.now_ns(), turn * SHARDS_A_SECOND + step));
     }
 
     /// A port takes every packet of its link: a NIC of the host plugged in by mistake would cut the node off.
@@ -351,6 +390,11 @@ impl Daemon {
             self.save();
         }
         let all = refreshed?;
+        if self.config.host.network.is_some() {
+            let own = self.kernel.all_addresses().await?;
+            let own = own.into_iter().filter(|address| !address.is_loopback()).collect();
+            self.control.borrow_mut().set_host_addresses(own);
+        }
         self.check_host(&all).await;
         self.carry_out().await;
         let followed = self.look_at_followed(&all).await;

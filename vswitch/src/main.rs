@@ -6,6 +6,7 @@ mod config;
 mod daemon;
 mod follow;
 mod host;
+mod judging;
 mod server;
 mod store;
 mod tasks;

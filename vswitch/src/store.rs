@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use vswitch_control::State;
+use vswitch_control::{JournalEntry, State};
 
 /// The directory, locked for this process.
 #[derive(Debug)]
@@ -70,8 +70,67 @@ impl Store {
         let new = self.directory.join("state.json.new");
         let mut file = File::create(&new)?;
         file.write_all(&serde_json::to_vec(state)?)?;
-        file.sync_all()?;
+        // It is of use until the next boot only, so the disk need not have it.
         fs::rename(&new, self.path())
+    }
+
+    /// What the last daemon noted of policies and endpoints, if it did since boot. A last line that was not finished belongs to
+    /// a request that was not answered.
+    ///
+    /// # Errors
+    ///
+    /// A sentence, if the file is there and cannot be read whole; what can be is in the result, too.
+    pub(crate) fn load_journal(&self) -> (Vec<JournalEntry>, Option<String>) {
+        let path = self.journal_path();
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return (Vec::new(), None),
+            Err(error) => return (Vec::new(), Some(format!("cannot read {}: {error}", path.display()))),
+        };
+        let mut lines = text.split_inclusive('\n');
+        if lines.next().map(str::trim_end) != Some(&self.boot_id) {
+            return (Vec::new(), None);
+        }
+        let mut entries = Vec::new();
+        let mut wrong = None;
+        for (at, line) in lines.enumerate().filter(|(_, line)| line.ends_with('\n')) {
+            match serde_json::from_str(line) {
+                Ok(entry) => entries.push(entry),
+                Err(error) => {
+                    let path = path.display();
+                    wrong.get_or_insert(format!("{path} line {}: {error}: this line is left out", at + 2));
+                }
+            }
+        }
+        (entries, wrong)
+    }
+
+    /// Writes the journal anew: whole, or not at all.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file system.
+    pub(crate) fn rewrite_journal(&self, entries: &[JournalEntry]) -> io::Result<()> {
+        let new = self.directory.join("policy.jsonl.new");
+        let mut text = format!("{}\n", self.boot_id).into_bytes();
+        lines(entries, &mut text)?;
+        fs::write(&new, text)?;
+        fs::rename(new, self.journal_path())
+    }
+
+    /// Adds to the journal.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file system.
+    pub(crate) fn append_journal(&self, entries: &[JournalEntry]) -> io::Result<()> {
+        let mut text = Vec::new();
+        lines(entries, &mut text)?;
+        fs::OpenOptions::new().append(true).open(self.journal_path())?.write_all(&text)
+    }
+
+    fn journal_path(&self) -> PathBuf {
+        self.directory.join("policy.jsonl")
     }
 
     /// The boot id that belongs into the state.
@@ -82,6 +141,14 @@ impl Store {
     fn path(&self) -> PathBuf {
         self.directory.join("state.json")
     }
+}
+
+fn lines(entries: &[JournalEntry], text: &mut Vec<u8>) -> io::Result<()> {
+    for entry in entries {
+        serde_json::to_writer(&mut *text, entry)?;
+        text.push(b'\n');
+    }
+    Ok(())
 }
 
 #[cfg(test)]

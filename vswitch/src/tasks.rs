@@ -56,19 +56,32 @@ pub(crate) async fn serve(daemon: Rc<Daemon>, listener: UnixListener) {
 pub(crate) async fn learn(daemon: Rc<Daemon>, events: Receiver<Event>, news: Arc<Notify>) {
     let mut second = tokio::time::interval(Duration::from_secs(1));
     second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut seconds = 0;
     loop {
         tokio::select! {
             () = news.notified() => {}
-            _ = second.tick() => daemon.control.borrow_mut().tick(daemon.now_ns()),
+            _ = second.tick() => {
+                daemon.control.borrow_mut().tick(daemon.now_ns());
+                daemon.sweep(seconds);
+                seconds += 1;
+            }
         }
         let now_ns = daemon.now_ns();
+        let wall_ms = wall_clock_ms();
         // No more than one queue's worth, so that requests get their turn.
         for event in events.try_iter().take(EVENT_QUEUE) {
-            daemon.control.borrow_mut().learn(now_ns, event);
+            daemon.control.borrow_mut().learn(now_ns, wall_ms, event);
         }
         daemon.publish();
         tokio::time::sleep(LEARN_INTERVAL).await;
     }
+}
+
+/// For people who read events: the clock on the wall.
+#[expect(clippy::disallowed_methods, reason = "events tell the time of day")]
+fn wall_clock_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
 }
 
 /// Keeps the view of the underlay up to date.

@@ -14,12 +14,13 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use tokio::sync::Notify;
 use vswitch_control::{FlowSample, Own, SocketSample, WorkerSample};
+use vswitch_dataplane::connection::Connections;
 use vswitch_dataplane::{Event, PortIo, Snapshot, Worker, WorkerConfig};
 use vswitch_net::PortId;
 use vswitch_xsk::{Binder, BoundSocket, Closing, Packet, TxChecksum, Umem, XskSocket};
 
 /// How long a command may take: a worker answers between two turns.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// While ports are polled, parked ones are looked at every so many turns.
 const PARKED_CHECK_TURNS: u32 = 32;
@@ -46,6 +47,7 @@ pub(crate) struct Shared {
     pub(crate) snapshot: Arc<ArcSwap<Snapshot>>,
     pub(crate) events: Sender<Event>,
     pub(crate) news: Arc<Notify>,
+    pub(crate) connections: Arc<Connections>,
     pub(crate) start: Instant,
 }
 
@@ -67,6 +69,7 @@ enum Command {
     Reclaim(Vec<Closing>),
     Sample(Sender<WorkerSample>),
     Originate(Vec<Own>),
+    Sync(Sender<()>),
     Flows { since_ns: u64, limit: usize, answer: Sender<FlowSample> },
     Stop,
 }
@@ -125,7 +128,7 @@ impl WorkerHandle {
         let sleeper = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&sleeper, &waker, epoll::EventData::new_u64(WAKER), epoll::EventFlags::IN)?;
         let thread = WorkerThread {
-            worker: Worker::new(umem, config),
+            worker: Worker::new(umem, config, shared.connections.clone()),
             inbox,
             snapshot: Cache::new(shared.snapshot.clone()),
             shared,
@@ -162,6 +165,13 @@ impl WorkerHandle {
     /// Sends packets of the switch's own.
     pub(crate) fn originate(&self, packets: Vec<Own>) {
         self.send(Command::Originate(packets));
+    }
+
+    /// Asks for an answer between two turns: what was published before is what all later packets meet.
+    pub(crate) fn begin_sync(&self) -> Receiver<()> {
+        let (answer, done) = crossbeam_channel::bounded(1);
+        self.send(Command::Sync(answer));
+        done
     }
 
     /// The worker's numbers.
@@ -284,6 +294,9 @@ impl WorkerThread {
                 for Own { way, bytes } in packets {
                     self.worker.originate(now_ns, snapshot, way, &bytes);
                 }
+            }
+            Command::Sync(answer) => {
+                let _ = answer.send(());
             }
             Command::Sample(answer) => {
                 let _ = answer.send(self.sample());

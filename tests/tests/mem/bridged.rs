@@ -157,10 +157,10 @@ fn late_news_are_not_believed() {
         mac: mac(50),
         location: vswitch_dataplane::Location::Port(ports[0]),
     };
-    switch.control.learn(switch.now_ns, late);
+    switch.control.learn(switch.now_ns, 0, late);
     assert_eq!(place(&mut switch, mac(50)), Some(FdbTarget::Port("p1".into())), "the index is the network's");
     switch.ask_json(r#"{"op":"port_del","link":"p1"}"#).expect("done");
-    switch.control.learn(switch.now_ns, late);
+    switch.control.learn(switch.now_ns, 0, late);
     assert_eq!(place(&mut switch, mac(50)), None);
 }
 

@@ -9,6 +9,7 @@ const FLOORS: &[(&str, &str, u8)] = &[
     ("vswitch-api", "vswitch/api", 0),
     ("vswitch-xsk", "vswitch/xsk", 1),
     ("vswitch-link", "vswitch/link", 1),
+    ("vswitch-policy", "vswitch/policy", 1),
     ("vswitch-dataplane", "vswitch/dataplane", 2),
     ("vswitch-control", "vswitch/control", 3),
     ("vswitch", "vswitch", 4),

@@ -10,6 +10,7 @@ mod forged;
 mod groups;
 mod host;
 mod lan;
+mod model;
 mod oracle;
 mod ports;
 mod precedence;

@@ -58,7 +58,7 @@ fn many_peers_are_asked_without_a_storm() {
     let mut switch = tagged(1, PEERS);
     let hear = |switch: &mut Switch, now_ns, number| {
         let event = Event::Neighbor { port: PortId(0), address: address(number), mac: mac(66) };
-        switch.control.learn(now_ns, event);
+        switch.control.learn(now_ns, 0, event);
         assert!(switch.control.take_own().is_empty(), "an answer is no reason to ask");
     };
     switch.control.take_own();

@@ -9,10 +9,12 @@ use clap_complete::Shell;
 use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use vswitch_api::{
-    Encap, FdbTarget, MirrorDirection, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec, PortMapping, Protocol,
+    Encap, FdbTarget, MirrorDirection, MirrorSpec, NamedPort, NetworkMode, NetworkSpec, PeerSpec, PortMapping, Protocol,
     SenderCheck, StormLimits,
 };
 use vswitch_net::{MacAddr, Vni};
+
+use crate::policy::{ConnectionCommand, EndpointCommand, Observe, PolicyCommand, named_port};
 
 /// Sees and steers a vswitchd.
 #[derive(Debug, Parser)]
@@ -72,6 +74,17 @@ pub(crate) enum Command {
     /// Members of multicast groups, in networks that snoop.
     #[command(subcommand)]
     Group(GroupCommand),
+    /// Policies, tiers, namespaces, pods and nodes.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Pods and nodes as policies see them: labels, addresses, identities.
+    #[command(subcommand)]
+    Endpoint(EndpointCommand),
+    /// Connections that the switch follows.
+    #[command(subcommand)]
+    Connection(ConnectionCommand),
+    /// Connections that policies deny or want told, as they happen.
+    Observe(Observe),
     /// Drops by reason.
     Drops {
         #[command(subcommand)]
@@ -156,9 +169,15 @@ pub(crate) struct PortAdd {
     /// A port of the host that leads to one of the pod, as 8080:80 or 53:53/udp; may be repeated.
     #[arg(long = "publish", value_name = "HOST:POD", value_parser = parse_mapping)]
     pub(crate) publish: Vec<PortMapping>,
-    /// Labels to keep with the port.
+    /// Labels, for policies and for people.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
     pub(crate) labels: Vec<(String, String)>,
+    /// The pod that it is; in namespace "default" unless named.
+    #[arg(long, value_name = "NAMESPACE/POD")]
+    pub(crate) pod: Option<String>,
+    /// A port of the pod that policies may name; may be repeated.
+    #[arg(long = "named-port", value_name = "NAME=PROTOCOL/PORT", value_parser = named_port)]
+    pub(crate) named_ports: Vec<NamedPort>,
 }
 
 #[derive(Debug, Args)]
@@ -535,7 +554,7 @@ fn parse_mapping(text: &str) -> Result<PortMapping, String> {
     Ok(PortMapping { host_port: number(host)?, container_port: number(pod)?, protocol, host_ip: None })
 }
 
-fn parse_label(text: &str) -> Result<(String, String), String> {
+pub(crate) fn parse_label(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or_else(|| format!("\"{text}\" is no label: write KEY=VALUE"))?;
     Ok((key.to_owned(), value.to_owned()))
 }

@@ -5,6 +5,7 @@
 
 mod arguments;
 mod output;
+mod policy;
 mod port;
 
 use std::io::{self, Write};
@@ -18,6 +19,7 @@ use crate::arguments::{
     Arguments, Command, FdbCommand, FlowCommand, Format, GroupCommand, ListCommand, MirrorCommand, NetworkCommand,
     PeerCommand, PortCommand, RouteCommand, StatsCommand,
 };
+use crate::policy::PolicyCommand;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -42,6 +44,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         return Ok(io::stdout().write_all(&script)?);
     }
     let mut client = Client::connect(&arguments.socket, TIMEOUT)?;
+    if let Command::Observe(observe) = &arguments.command {
+        return policy::observe(&mut client, observe, arguments.output);
+    }
     let answer = ask(&mut client, &arguments.command)?;
     let mut out = io::stdout().lock();
     match arguments.output {
@@ -113,11 +118,15 @@ fn ask(client: &mut Client, command: &Command) -> anyhow::Result<Answer> {
         Command::Drops { command: Some(ListCommand::Show { name }) } => {
             return output::only(client.call(Request::Drops)?, name);
         }
-        Command::Completions { .. } => return Ok(Answer::Done),
+        Command::Policy(command) => return policy::policy(client, command),
+        Command::Endpoint(command) => return policy::endpoint(client, command),
+        Command::Connection(command) => return policy::connection(client, command),
+        Command::Completions { .. } | Command::Observe(_) => return Ok(Answer::Done),
     };
     Ok(client.call(request)?)
 }
 
+/// Whether an answer is shown with all that it has.
 fn is_show(command: &Command) -> bool {
     matches!(
         command,
@@ -126,6 +135,7 @@ fn is_show(command: &Command) -> bool {
             | Command::Peer(PeerCommand::Show { .. })
             | Command::Stats { command: Some(StatsCommand::Show { .. }) }
             | Command::Drops { command: Some(ListCommand::Show { .. }) }
+            | Command::Policy(PolicyCommand::Diff { .. } | PolicyCommand::Explain { verbose: true, .. })
     )
 }
 

@@ -9,6 +9,8 @@ use vswitch_api::{
     Answer, DropInfo, Encap, HostInfo, NetworkInfo, PortInfo, PortStats, StatsInfo, StatusInfo, UplinkInfo,
 };
 
+use crate::policy;
+
 /// Free addresses that nobody counts any more.
 const PLENTY: u64 = 1 << 32;
 
@@ -66,8 +68,20 @@ fn is_end(end: &str, address: &str) -> bool {
 
 /// Prints an answer.
 pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io::Result<()> {
+    if policy::print(out, answer, is_show)? {
+        return Ok(());
+    }
     match answer {
-        Answer::Done => Ok(()),
+        // Printed above.
+        Answer::Changes { .. }
+        | Answer::Policies { .. }
+        | Answer::Policy(_)
+        | Answer::Explained(_)
+        | Answer::Endpoints { .. }
+        | Answer::Connections(_)
+        | Answer::Forgotten { .. }
+        | Answer::Events { .. }
+        | Answer::Done => Ok(()),
         Answer::Status(status) => print_status(out, status),
         Answer::Port(port) => print_port(out, port),
         Answer::Ports { ports } if is_show => ports.iter().try_for_each(|port| print_port(out, port)),
@@ -411,7 +425,7 @@ fn print_drops(out: &mut impl Write, drops: &[DropInfo], is_show: bool) -> io::R
     Ok(())
 }
 
-fn table<const N: usize>(
+pub(crate) fn table<const N: usize>(
     out: &mut impl Write,
     head: [&str; N],
     rows: impl Iterator<Item = Vec<String>>,
@@ -425,7 +439,7 @@ fn table<const N: usize>(
     table.lines().try_for_each(|line| writeln!(out, "{}", line.trim_end()))
 }
 
-fn row<const N: usize>(cells: [&dyn Display; N]) -> Vec<String> {
+pub(crate) fn row<const N: usize>(cells: [&dyn Display; N]) -> Vec<String> {
     cells.map(ToString::to_string).into()
 }
 
@@ -453,7 +467,7 @@ fn join<T: Display>(list: &[T]) -> String {
     if list.is_empty() { "-".to_owned() } else { list.iter().map(T::to_string).collect::<Vec<_>>().join(",") }
 }
 
-fn or_dash(value: Option<impl Display>) -> String {
+pub(crate) fn or_dash(value: Option<impl Display>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 

@@ -20,6 +20,12 @@ pub(crate) fn add(client: &mut Client, add: &PortAdd) -> anyhow::Result<Answer> 
     port.addresses.clone_from(&add.ips);
     port.mtu = add.mtu;
     port.labels = add.labels.iter().cloned().collect();
+    if let Some(pod) = &add.pod {
+        let (namespace, name) = pod.split_once('/').unwrap_or(("default", pod));
+        port.labels.insert("K8S_POD_NAMESPACE".to_owned(), namespace.to_owned());
+        port.labels.insert("K8S_POD_NAME".to_owned(), name.to_owned());
+    }
+    port.named_ports = add.named_ports.clone();
     port.default_route = !add.no_default_route;
     port.check = add.check;
     port.trunk.clone_from(&add.trunk);

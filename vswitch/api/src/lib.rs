@@ -14,11 +14,17 @@
 
 mod client;
 mod error;
+mod policy;
 mod request;
 mod response;
 
 pub use client::{Client, ClientError};
 pub use error::{ApiError, ErrorCode, sentence};
+pub use policy::{
+    ChangeInfo, ConnectionFilter, ConnectionInfo, ConnectionsInfo, EndpointInfo, EndpointName, EndpointSpec, ExplainInfo,
+    ExplainSpec, ExplainedEnd, ExplainedRule, FlowEvent, NamedPort, ObjectName, ObserveFilter, PolicyDetail,
+    PolicyDocument, PolicyInfo, RuleInfo,
+};
 pub use request::{
     Attachment, Bandwidth, Encap, FdbSpec, FdbTarget, MirrorDirection, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec,
     PortMapping, PortSpec, Protocol, Request, RouteSpec, SenderCheck, StormLimits,
@@ -34,7 +40,7 @@ use serde::{Deserialize, Serialize};
 pub const PROTOCOL_VERSION: u32 = 1;
 
 /// Longest request line, newline included.
-pub const MAX_LINE_BYTES: usize = 1 << 20;
+pub const MAX_LINE_BYTES: usize = 16 << 20;
 
 /// Where the daemon listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/vswitch/vswitchd.sock";

@@ -7,6 +7,10 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use vswitch_net::{MacAddr, Vni};
 
+use crate::policy::{
+    ConnectionFilter, EndpointName, EndpointSpec, ExplainSpec, NamedPort, ObjectName, ObserveFilter, PolicyDocument,
+};
+
 /// A request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
@@ -100,6 +104,60 @@ pub enum Request {
         #[serde(default = "default_flow_limit")]
         limit: usize,
     },
+    /// Adds and replaces policies, tiers, namespaces, pods and nodes: all of them or none.
+    PolicyApply {
+        /// The texts.
+        documents: Vec<PolicyDocument>,
+        /// Only say what would change.
+        #[serde(default, skip_serializing_if = "is_no")]
+        dry_run: bool,
+    },
+    /// Removes objects: all of them or none.
+    PolicyDelete {
+        /// The objects.
+        objects: Vec<ObjectName>,
+    },
+    /// All objects, policies in the order that they are asked in.
+    PolicyList,
+    /// One object with its rules.
+    PolicyShow(ObjectName),
+    /// Whether a connection may begin, and why.
+    PolicyExplain(ExplainSpec),
+    /// Tells of pods and nodes, here and elsewhere; those of the same names are replaced.
+    EndpointSet {
+        /// The endpoints.
+        endpoints: Vec<EndpointSpec>,
+    },
+    /// Forgets pods and nodes.
+    EndpointDel {
+        /// Their names.
+        endpoints: Vec<EndpointName>,
+    },
+    /// All pods and nodes that policies know.
+    EndpointList,
+    /// Connections.
+    ConnectionList {
+        /// Which.
+        #[serde(default)]
+        filter: ConnectionFilter,
+        /// Most connections to show.
+        #[serde(default = "default_flow_limit")]
+        limit: usize,
+    },
+    /// Forgets connections: what goes on is judged anew.
+    ConnectionDel {
+        /// Which.
+        filter: ConnectionFilter,
+    },
+    /// Connections that policies denied or want told, after a number.
+    Observe {
+        /// Those after this one; none for those that are still known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<u64>,
+        /// Which.
+        #[serde(default)]
+        filter: ObserveFilter,
+    },
     /// Counters by port.
     Stats,
     /// Drops by reason and port.
@@ -132,7 +190,8 @@ pub struct PortSpec {
     /// Path of the pod's network namespace, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub netns: Option<String>,
-    /// Labels, such as the pod's name.
+    /// Labels. `K8S_POD_NAMESPACE` and `K8S_POD_NAME` say which pod it is; policies see the others, unless the pod's own
+    /// are known (`endpoint_set`).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
     /// Whether the pod's default route leads here. Not for a second interface beside one that has it.
@@ -165,6 +224,9 @@ pub struct PortSpec {
     /// Ports of the host that lead here.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub port_mappings: Vec<PortMapping>,
+    /// Ports of the pod that policies may name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub named_ports: Vec<NamedPort>,
 }
 
 /// What is checked of a packet from a port.
@@ -456,6 +518,7 @@ impl PortSpec {
             mac_limit: None,
             bandwidth: Bandwidth::default(),
             port_mappings: Vec::new(),
+            named_ports: Vec::new(),
         }
     }
 }
@@ -492,6 +555,18 @@ impl Protocol {
 }
 
 impl Request {
+    /// True if it changes policies, endpoints or connections, and nothing else.
+    pub fn is_policy(&self) -> bool {
+        matches!(
+            self,
+            Request::PolicyApply { .. }
+                | Request::PolicyDelete { .. }
+                | Request::EndpointSet { .. }
+                | Request::EndpointDel { .. }
+                | Request::ConnectionDel { .. }
+        )
+    }
+
     /// True if it only asks, and changes nothing.
     pub fn is_question(&self) -> bool {
         matches!(
@@ -506,6 +581,13 @@ impl Request {
                 | Request::MirrorList
                 | Request::GroupList
                 | Request::FlowList { .. }
+                | Request::PolicyApply { dry_run: true, .. }
+                | Request::PolicyList
+                | Request::PolicyShow(_)
+                | Request::PolicyExplain(_)
+                | Request::EndpointList
+                | Request::ConnectionList { .. }
+                | Request::Observe { .. }
                 | Request::Stats
                 | Request::Drops
         )
@@ -540,6 +622,16 @@ impl std::fmt::Display for Request {
                 write!(f, "mirror add {} of {} to {}", spec.name, spec.ports.join(","), spec.to)
             }
             Request::MirrorDel { name } => write!(f, "mirror del {name}"),
+            Request::PolicyApply { documents, dry_run } => {
+                let files: Vec<&str> = documents.iter().map(|document| document.file.as_str()).collect();
+                write!(f, "policy {} {}", if *dry_run { "diff" } else { "apply" }, files.join(","))
+            }
+            Request::PolicyDelete { objects } => {
+                let names: Vec<String> = objects.iter().map(ToString::to_string).collect();
+                write!(f, "policy delete {}", names.join(", "))
+            }
+            Request::EndpointSet { endpoints } => write!(f, "endpoint set, {}", endpoints.len()),
+            Request::EndpointDel { endpoints } => write!(f, "endpoint del, {}", endpoints.len()),
             question => write!(f, "{question:?}"),
         }
     }

@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use vswitch_net::{MacAddr, PortId, Vni};
 
+use crate::policy::{ChangeInfo, ConnectionsInfo, EndpointInfo, ExplainInfo, FlowEvent, PolicyDetail, PolicyInfo};
 use crate::request::{
     Attachment, Bandwidth, Encap, FdbTarget, MirrorSpec, NetworkMode, PortMapping, SenderCheck, StormLimits,
 };
@@ -65,6 +66,39 @@ pub enum Answer {
     Flows {
         /// The flows.
         flows: Vec<FlowInfo>,
+    },
+    /// To `policy_apply` and `policy_delete`.
+    Changes {
+        /// What became of each object, or would.
+        changes: Vec<ChangeInfo>,
+    },
+    /// To `policy_list`.
+    Policies {
+        /// The objects.
+        policies: Vec<PolicyInfo>,
+    },
+    /// To `policy_show`.
+    Policy(Box<PolicyDetail>),
+    /// To `policy_explain`.
+    Explained(Box<ExplainInfo>),
+    /// To `endpoint_list`.
+    Endpoints {
+        /// The endpoints.
+        endpoints: Vec<EndpointInfo>,
+    },
+    /// To `connection_list`.
+    Connections(Box<ConnectionsInfo>),
+    /// To `connection_del`.
+    Forgotten {
+        /// How many connections.
+        count: usize,
+    },
+    /// To `observe`.
+    Events {
+        /// The events.
+        events: Vec<FlowEvent>,
+        /// The number of the last event there was, to ask for those after it.
+        last: u64,
     },
     /// To `stats`.
     Stats(Box<StatsInfo>),

@@ -34,6 +34,11 @@ impl Control {
             Request::FdbDel { network, mac } => self.remove_station(&network, mac),
             Request::MirrorAdd(spec) => self.add_mirror(spec),
             Request::MirrorDel { name } => self.remove_mirror(&name),
+            Request::PolicyApply { documents, dry_run } => self.apply_policies(&documents, dry_run, backend),
+            Request::PolicyDelete { objects } => self.delete_policies(&objects, backend),
+            Request::EndpointSet { endpoints } => self.set_endpoints(endpoints),
+            Request::EndpointDel { endpoints } => self.delete_endpoints(&endpoints),
+            Request::ConnectionDel { filter } => self.connection_del(&filter, backend),
             other => Err(ApiError::new(ErrorCode::BadRequest, format!("{other:?} changes nothing"))),
         }
     }
@@ -66,6 +71,8 @@ impl Control {
         let is_configured = self.desired.is_configuring;
         self.desired.networks.insert(spec.name.clone(), NetworkEntry { index, spec, is_configured });
         self.settle_network(index);
+        self.policy.look_for_networks(self.desired.index_of_name());
+        self.settle_host_addresses();
         self.mark(Dirty::Change);
         Ok(Answer::Done)
     }
@@ -161,6 +168,7 @@ impl Control {
         if let Some(entry) = self.desired.networks.remove(name) {
             self.unsettle_network(&entry);
         }
+        self.policy.look_for_networks(self.desired.index_of_name());
         self.mark(Dirty::Change);
         Ok(Answer::Done)
     }

@@ -1,5 +1,6 @@
 //! What control needs of the world: links and the workers' numbers. The daemon's is real; tests have a small one.
 
+use vswitch_dataplane::connection::Connections;
 use vswitch_dataplane::{Counters, table::flow::FlowEntry};
 use vswitch_net::PortId;
 use vswitch_xsk::{KickCounters, SocketStatistics};
@@ -75,6 +76,9 @@ pub trait Backend {
 
     /// Up to `limit` flows of each worker that had a packet since `since_ns`.
     fn flows(&mut self, since_ns: u64, limit: usize) -> Vec<FlowSample>;
+
+    /// The connections of all workers.
+    fn connections(&self) -> &Connections;
 
     /// Process id, seconds since start, resident bytes.
     fn process(&self) -> (u32, u64, u64);

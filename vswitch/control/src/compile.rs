@@ -58,6 +58,8 @@ impl Control {
             routes: self.tables.routes.clone(),
             neighbors: self.tables.neighbors.clone(),
             groups: self.tables.groups.clone(),
+            classes: self.policy.compiler.classes().clone(),
+            rules: self.policy.compiler.rule_limit(),
         }
     }
 
@@ -74,6 +76,7 @@ impl Control {
             let port = Port {
                 mtu: entry.record.mtu,
                 kind,
+                policy: self.policy.subject(*id),
                 limits: entry.limits.clone(),
                 storms: entry.storms.clone(),
                 mirrors_from,
@@ -88,7 +91,8 @@ impl Control {
         let host = self.host().zip(self.host_network()).map(|(host, network)| {
             // The host routes: packets of all the world come from it, but none of a pod.
             let access = Access::new(network.index, host.mac, routers(&network.spec), SenderCheck::Elsewhere);
-            (HOST_PORT.index(), Port::new(POD_LINK_MTU, PortKind::Access(access)))
+            let policy = self.policy.compiler.host_subject();
+            (HOST_PORT.index(), Port { policy, ..Port::new(POD_LINK_MTU, PortKind::Access(access)) })
         });
         by_index(access.chain(uplinks).chain(host))
     }

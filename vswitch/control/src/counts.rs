@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use vswitch_api::{DropInfo, FlowInfo, PortStats, SocketInfo, StatsInfo, WorkerInfo};
 use vswitch_dataplane::table::flow::FlowEntry;
-use vswitch_dataplane::{Action, DropReason, PortCounters};
+use vswitch_dataplane::{Action, DropReason, Output, PortCounters};
 use vswitch_net::PortId;
 
 use crate::Control;
@@ -38,12 +38,14 @@ impl Control {
             }
             None => (fields.source_mac.to_string(), fields.destination_mac.to_string()),
         };
-        let (action, rewrite) = match flow.action {
-            Action::Local { port, rewrite } => (format!("port {}", self.link_name(port)), rewrite),
-            Action::Encap { peer, network, rewrite } => {
+        let Action { rewrite, output } = flow.action;
+        let action = match output {
+            Output::Port(port) => format!("port {}", self.link_name(port)),
+            Output::Encap { peer, network } => {
                 let network = self.desired.network_name(network);
-                (format!("vxlan {network} to peer {}", self.desired.peer_name(peer)), rewrite)
+                format!("vxlan {network} to peer {}", self.desired.peer_name(peer))
             }
+            Output::Deny(_) => "drop: policy-denied".to_owned(),
         };
         FlowInfo {
             worker,

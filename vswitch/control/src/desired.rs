@@ -100,6 +100,14 @@ impl Desired {
         })
     }
 
+    /// From names of networks to their numbers; the first network for none.
+    pub(crate) fn index_of_name(&self) -> impl Fn(Option<&str>) -> Option<NetworkIndex> + use<> {
+        let first = self.network(None).ok().map(|network| network.index);
+        let by_name: HashMap<String, NetworkIndex> =
+            self.networks.iter().map(|(name, network)| (name.clone(), network.index)).collect();
+        move |name| name.map_or(first, |name| by_name.get(name).copied())
+    }
+
     pub(crate) fn network_name(&self, index: NetworkIndex) -> String {
         let named = self.networks.iter().find(|(_, network)| network.index == index);
         named.map_or_else(|| format!("#{}", index.0), |(name, _)| name.clone())

@@ -33,6 +33,7 @@ mod host;
 mod ipam;
 mod learned;
 mod membership;
+pub mod policy;
 mod ports;
 mod report;
 mod routes;
@@ -57,6 +58,8 @@ use crate::compile::Tables;
 use crate::desired::Desired;
 use crate::groups::Groups;
 use crate::learned::{Change, Learned};
+pub use crate::policy::JournalEntry;
+use crate::policy::{Observed, PolicyStore};
 use crate::tagged::TaggedNeighbor;
 use crate::underlay::UnderlayView;
 
@@ -94,6 +97,10 @@ pub struct ControlConfig {
     pub import_encap: Encap,
     /// Whether what leaves the cluster by way of the host gets the host's address.
     pub masquerade: bool,
+    /// Ports of this node that no policy closes, protocol and port: towards it, and from it.
+    pub failsafe: (Vec<(u8, u16)>, Vec<(u8, u16)>),
+    /// Whether a pod of a container runtime waits until somebody has told of its labels.
+    pub requires_endpoints: bool,
     /// A learned station is forgotten after this long without a packet.
     pub fdb_ageing_ns: u64,
     /// Most learned stations of one network.
@@ -133,6 +140,10 @@ pub struct Control {
     /// With a tag: who was heard on the underlay, and when.
     neighbors: BTreeMap<(PortId, std::net::IpAddr), TaggedNeighbor>,
     underlay: UnderlayView,
+    policy: PolicyStore,
+    observed: Observed,
+    /// Addresses of this node, as its kernel has them.
+    host_addresses: Vec<std::net::IpAddr>,
     tables: Tables,
     generation: u64,
     dirty: Dirty,
@@ -160,6 +171,8 @@ impl Default for ControlConfig {
             is_importing: false,
             import_encap: Encap::Direct,
             masquerade: true,
+            failsafe: (Vec::new(), Vec::new()),
+            requires_endpoints: false,
             fdb_ageing_ns: 300_000_000_000,
             fdb_limit: 8192,
         }
@@ -180,6 +193,9 @@ impl Control {
             own: Vec::new(),
             neighbors: BTreeMap::new(),
             underlay: UnderlayView::new(config.udp_port, &config.uplinks),
+            policy: PolicyStore::new(policy::failsafe(&config.failsafe.0, &config.failsafe.1)),
+            observed: Observed::default(),
+            host_addresses: Vec::new(),
             config,
             tables: Tables::default(),
             generation: 0,
@@ -208,11 +224,12 @@ impl Control {
         answer
     }
 
-    /// Takes note of what a worker saw.
-    pub fn learn(&mut self, now_ns: u64, event: Event) {
+    /// Takes note of what a worker saw. `wall_ms` is the wall clock's time, in milliseconds since 1970.
+    pub fn learn(&mut self, now_ns: u64, wall_ms: u64, event: Event) {
         let (network, mac, location) = match event {
             Event::Seen { network, mac, location } => (network, mac, location),
             Event::Neighbor { port, address, mac } => return self.hear_neighbor(now_ns, port, address, mac),
+            Event::Flow(news) => return self.observed(wall_ms, &news),
             Event::Group { network, station, location, membership } => {
                 return self.hear_group(now_ns, network, location, station, membership);
             }
@@ -291,6 +308,7 @@ impl Control {
             if let Some(index) = self.host_network().map(|network| network.index) {
                 self.settle_network(index);
             }
+            self.settle_host_addresses();
             self.mark(Dirty::Change);
         }
         is_news
@@ -332,6 +350,22 @@ impl Control {
         }
         self.dirty = Dirty::Nothing;
         Some(Arc::new(self.compile()))
+    }
+
+    /// What a restart must know of policies and endpoints, and what has changed since the last call.
+    pub fn take_journal(&mut self) -> Vec<JournalEntry> {
+        self.policy.take_journal()
+    }
+
+    /// All that a restart must know of policies and endpoints.
+    pub fn whole_journal(&self) -> Vec<JournalEntry> {
+        self.policy.whole_journal()
+    }
+
+    /// Takes over what a former daemon knew of policies and endpoints; before [`restore`](Self::restore). What cannot be
+    /// taken over is named in the result.
+    pub fn restore_policies(&mut self, journal: Vec<JournalEntry>, backend: &mut dyn Backend) -> Vec<String> {
+        self.replay(journal, backend)
     }
 
     /// What must survive a restart.

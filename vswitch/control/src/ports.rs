@@ -11,6 +11,7 @@ use vswitch_net::{POD_LINK_MTU, POD_LINK_MTU_MIN, PortId};
 use crate::backend::Backend;
 use crate::checks::{check_mac, check_unicast, conflict, exhausted, invalid, list};
 use crate::desired::{NetworkEntry, PortEntry, not_found};
+use crate::policy::{is_of_runtime, port_name};
 use crate::routes::routers;
 use crate::state::{PortRecord, Waiting};
 use crate::{Control, Dirty, ipam};
@@ -40,6 +41,13 @@ impl Control {
             return Err(conflict(format!("link {} is the uplink: name a pod's link", spec.link)));
         }
         self.check_port_options(spec, network)?;
+        let pod = port_name(spec);
+        if self.config.requires_endpoints && is_of_runtime(spec) && !self.policy.knows(&pod) {
+            return Err(ApiError::new(
+                ErrorCode::Unavailable,
+                format!("pod {pod} is not known yet: its labels must be told first (`endpoint_set`, or a Pod object)"),
+            ));
+        }
         let own = routers(&network.spec);
         if let Some(attachment) = &spec.attachment
             && let Some(other) =
@@ -150,6 +158,7 @@ impl Control {
         let addresses = record.spec.addresses.clone();
         let limits = limits_of(&record.spec.bandwidth);
         let storms = self.storms_of(&record.spec, network);
+        self.policy.add_port(id, network.index, &record.spec);
         self.desired.ports.insert(id, PortEntry { network: network.index, record, attached, limits, storms });
         self.settle_station(network.index, mac);
         for address in addresses {
@@ -221,6 +230,7 @@ impl Control {
     fn remove_port(&mut self, id: PortId, backend: &mut dyn Backend) {
         let Some(port) = self.desired.ports.remove(&id) else { return };
         backend.detach(id);
+        self.policy.remove_port(id);
         for &address in &port.record.spec.addresses {
             self.desired.by_address.remove(&(port.network, address));
             self.settle(port.network, address.into());

@@ -48,6 +48,16 @@ impl Control {
             Request::GroupList => Answer::Groups { groups: self.group_list(now_ns) },
             Request::NeighborList => Answer::Neighbors { neighbors: self.neighbors() },
             Request::FlowList { limit } => Answer::Flows { flows: self.flows(now_ns, limit, backend) },
+            Request::PolicyApply { documents, .. } => {
+                let (_, changes) = self.read_policies(&documents)?;
+                Answer::Changes { changes }
+            }
+            Request::PolicyList => Answer::Policies { policies: self.policy_list(&backend.sample()) },
+            Request::PolicyShow(name) => Answer::Policy(Box::new(self.policy_show(&name, &backend.sample())?)),
+            Request::PolicyExplain(spec) => Answer::Explained(Box::new(self.explain(&spec)?)),
+            Request::EndpointList => Answer::Endpoints { endpoints: self.endpoint_list() },
+            Request::ConnectionList { filter, limit } => self.connection_list(now_ns, &filter, limit, backend)?,
+            Request::Observe { after, filter } => self.observe(after, &filter)?,
             Request::Stats => Answer::Stats(Box::new(self.stats(&backend.sample()))),
             Request::Drops => Answer::Drops { drops: self.drops(&backend.sample()) },
             other => return Err(ApiError::new(ErrorCode::BadRequest, format!("{other:?} is no question"))),

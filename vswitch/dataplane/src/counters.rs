@@ -2,6 +2,7 @@
 
 use vswitch_net::PortId;
 
+use crate::table::policy::RuleId;
 use crate::verdict::DropReason;
 
 /// What one worker counted for one port.
@@ -46,6 +47,17 @@ pub struct Counters {
     pub held: u64,
     /// Events for the control thread that found their queue full.
     pub events_lost: u64,
+    /// What each rule did, by its number.
+    pub rules: Vec<RuleCounters>,
+}
+
+/// What one rule did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RuleCounters {
+    /// Connections that it let begin.
+    pub connections: u64,
+    /// Packets that it denied.
+    pub denied: u64,
 }
 
 impl Default for PortCounters {
@@ -117,6 +129,27 @@ impl Counters {
         total.add(&self.own);
         self.ports.iter().for_each(|port| total.add(port));
         total
+    }
+
+    /// Makes room for rules, so that counting them never does.
+    pub(crate) fn open_rules(&mut self, count: u32) {
+        if self.rules.len() < count as usize {
+            self.rules.resize(count as usize, RuleCounters::default());
+        }
+    }
+
+    /// Counts a packet that a rule denied.
+    pub(crate) fn deny(&mut self, rule: RuleId) {
+        if let Some(counters) = self.rules.get_mut(rule.0 as usize) {
+            counters.denied += 1;
+        }
+    }
+
+    /// Counts a connection that a rule let begin.
+    pub(crate) fn allow(&mut self, rule: RuleId) {
+        if let Some(counters) = self.rules.get_mut(rule.0 as usize) {
+            counters.connections += 1;
+        }
     }
 
     /// Checks `rx = tx + drops - copies` over all ports, with what waits under way; the two sides if they differ.

@@ -14,7 +14,7 @@ use crate::multicast;
 use crate::parse::{ICMPV6, u16_at, u32_at, v6_at};
 use crate::snapshot::{Access, Gateway, Network, NetworkMode, PortKind, SenderCheck, Snapshot};
 use crate::table::route::NextHop;
-use crate::verdict::{Action, DropReason, Rewrite, Verdict};
+use crate::verdict::{Action, DropReason, Output, Rewrite, Verdict};
 
 /// ICMPv6 types of neighbor discovery (RFC 4861 section 4).
 const ROUTER_SOLICITATION: u8 = 133;
@@ -71,7 +71,12 @@ pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
 
 /// Whether packets like this one may take the flow table's way: not those whose contents are judged, which no key holds.
 pub(crate) fn is_cacheable(meta: &Meta) -> bool {
-    meta.kind != Kind::Arp && !is_discovery(meta) && !icmp::is_error(meta) && !icmp::is_fragment(meta)
+    meta.kind != Kind::Arp
+        && !meta.is_control
+        && (meta.has_ports || meta.fragment.is_none())
+        && !is_discovery(meta)
+        && !icmp::is_error(meta)
+        && !icmp::is_fragment(meta)
 }
 
 /// Forwarding by MAC (802.1Q-2018 section 8.6).
@@ -108,10 +113,10 @@ fn bridge(meta: &Meta, head: &[u8], network: &Network, snapshot: &Snapshot) -> D
             (Some(Location::Port(port)), _) if are_isolated(meta.ingress, port, snapshot) => {
                 Verdict::Drop(DropReason::Isolated)
             }
-            (Some(Location::Port(port)), _) => Verdict::Forward(Action::Local { port, rewrite: None }),
+            (Some(Location::Port(port)), _) => Verdict::Forward(Action { rewrite: None, output: Output::Port(port) }),
             (Some(Location::Peer(_)), Some(_)) => Verdict::Drop(DropReason::SplitHorizon),
             (Some(Location::Peer(peer)), None) => {
-                Verdict::Forward(Action::Encap { peer, network: meta.network, rewrite: None })
+                Verdict::Forward(Action { rewrite: None, output: Output::Encap { peer, network: meta.network } })
             }
         }
     };
@@ -187,13 +192,13 @@ fn route(
         Some(NextHop::Port { port, .. }) if are_isolated(meta.ingress, port, snapshot) => Err(DropReason::Isolated),
         Some(NextHop::Port { port, mac }) => {
             let rewrite = Some(Rewrite { destination: mac, source: gateway.mac });
-            Ok(Verdict::Forward(Action::Local { port, rewrite }))
+            Ok(Verdict::Forward(Action { rewrite, output: Output::Port(port) }))
         }
         Some(NextHop::Peer(_)) if !is_from_pod => Err(DropReason::SplitHorizon),
         Some(NextHop::Peer(peer)) => {
             let mac = snapshot.peer(peer).ok_or(DropReason::NoNeighbor)?.router_mac;
             let rewrite = Some(Rewrite { destination: mac, source: gateway.mac });
-            Ok(Verdict::Forward(Action::Encap { peer, network: meta.network, rewrite }))
+            Ok(Verdict::Forward(Action { rewrite, output: Output::Encap { peer, network: meta.network } }))
         }
     }
 }
@@ -345,7 +350,7 @@ fn stays_on_link(address: IpAddr) -> bool {
         }
 }
 
-fn is_discovery(meta: &Meta) -> bool {
+pub(crate) fn is_discovery(meta: &Meta) -> bool {
     meta.kind == Kind::V6
         && meta.protocol == ICMPV6
         && meta.fragment.is_none()

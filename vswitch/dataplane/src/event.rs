@@ -4,7 +4,11 @@ use std::net::IpAddr;
 
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 
+use crate::bucket::Bucket;
+use crate::meta::FlowKey;
 use crate::multicast::Membership;
+use crate::table::policy::RuleId;
+use crate::verdict::DropReason;
 
 /// Where a station is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -67,6 +71,23 @@ pub enum Event {
         /// What it said.
         membership: Membership,
     },
+    /// A connection that a policy denied, or wants told.
+    Flow(FlowNews),
+}
+
+/// A connection that a policy denied, or wants told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowNews {
+    /// When.
+    pub now_ns: u64,
+    /// What its packet looked like.
+    pub key: FlowKey,
+    /// The port that it was for, if that is one here.
+    pub to: Option<PortId>,
+    /// Why it was dropped; none if it was allowed.
+    pub refused: Option<DropReason>,
+    /// The rule that denied it, or wants it told.
+    pub rule: Option<RuleId>,
 }
 
 /// A station that is still where it was is reported this often.
@@ -81,19 +102,32 @@ const CAPACITY: usize = 1024;
 /// Of these, about groups: who floods them takes no room from stations.
 const GROUPS: usize = 256;
 
+/// Of these, about flows, and how many of them a worker tells a second: enough to see what is going on.
+const FLOWS: usize = 256;
+const FLOW_RATE: u64 = 200;
+
 /// Collects events, at most one a second for the same station at the same place.
 #[derive(Debug)]
 pub(crate) struct Events {
     queue: Vec<Event>,
-    /// How many in the queue are about groups.
+    /// How many in the queue are about groups, and about flows.
     groups: usize,
+    flows: usize,
+    /// How many flows may still be told.
+    budget: Bucket,
     recent: Box<[(u64, Location, u64)]>,
 }
 
 impl Events {
     pub(crate) fn new() -> Events {
         let none = (u64::MAX, Location::Port(PortId(u16::MAX)), 0);
-        Events { queue: Vec::with_capacity(CAPACITY + GROUPS), groups: 0, recent: vec![none; SLOTS].into_boxed_slice() }
+        Events {
+            queue: Vec::with_capacity(CAPACITY + GROUPS + FLOWS),
+            groups: 0,
+            flows: 0,
+            budget: Bucket::new(FLOW_RATE, FLOW_RATE),
+            recent: vec![none; SLOTS].into_boxed_slice(),
+        }
     }
 
     /// Notes that a station was seen. False if the queue was full.
@@ -104,7 +138,7 @@ impl Events {
         if known == station && place == location && now_ns < until {
             return true;
         }
-        if self.queue.len() - self.groups == CAPACITY {
+        if self.queue.len() - self.groups - self.flows == CAPACITY {
             return false;
         }
         self.recent[slot] = (station, location, now_ns.saturating_add(REPEAT_NS));
@@ -136,8 +170,18 @@ impl Events {
         }
     }
 
+    /// Notes a flow. False if there were too many.
+    pub(crate) fn flow(&mut self, news: FlowNews) -> bool {
+        let has_room = self.flows < FLOWS && self.budget.take(news.now_ns, 1);
+        if has_room {
+            self.flows += 1;
+            self.queue.push(Event::Flow(news));
+        }
+        has_room
+    }
+
     pub(crate) fn drain(&mut self) -> impl Iterator<Item = Event> + '_ {
-        self.groups = 0;
+        (self.groups, self.flows) = (0, 0);
         self.queue.drain(..)
     }
 
@@ -161,7 +205,7 @@ mod tests {
         assert!(events.seen(REPEAT_NS + 2, network, mac, there));
         let place = |event| match event {
             Event::Seen { location, .. } => Some(location),
-            Event::Group { .. } | Event::Neighbor { .. } => None,
+            _ => None,
         };
         let places: Vec<_> = events.drain().filter_map(place).collect();
         assert_eq!(places, [here, there, there]);

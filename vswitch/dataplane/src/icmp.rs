@@ -195,6 +195,7 @@ pub(crate) fn meta_of_error(meta: &Meta, length: usize) -> Meta {
         ttl: TTL,
         fragment: None,
         is_syn: false,
+        is_control: false,
         checksum: Checksum::Complete,
         ..*meta
     }

@@ -18,11 +18,13 @@
 #![forbid(unsafe_code)]
 
 mod bucket;
+pub mod connection;
 mod counters;
 pub mod decide;
 pub mod egress;
 mod event;
 mod icmp;
+mod judge;
 pub mod meta;
 mod multicast;
 pub mod parse;
@@ -39,13 +41,13 @@ pub mod vxlan;
 mod worker;
 
 pub use bucket::Bucket;
-pub use counters::{Counters, PortCounters};
-pub use event::{Event, Location, OwnWay};
+pub use counters::{Counters, PortCounters, RuleCounters};
+pub use event::{Event, FlowNews, Location, OwnWay};
 pub use multicast::Membership;
 pub use port::PortIo;
 pub use snapshot::{
     Access, Gateway, Limits, Mirror, Network, NetworkMode, Path, Peer, Port, PortKind, Receivers, SenderCheck,
     Snapshot, Storm, Underlay,
 };
-pub use verdict::{Action, DropReason, Rewrite, Verdict};
+pub use verdict::{Action, DropReason, Output, Rewrite, Verdict};
 pub use worker::{BURST, Turn, Worker, WorkerConfig};

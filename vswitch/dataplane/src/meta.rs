@@ -37,6 +37,12 @@ pub struct Meta {
     pub fragment: Option<Fragment>,
     /// A TCP segment that opens a connection: SYN is set.
     pub is_syn: bool,
+    /// What opens or closes a TCP or SCTP connection. Its key is no flow's.
+    pub is_control: bool,
+    /// True if the ports are known: the packet has them, or the first fragment of its datagram had.
+    pub has_ports: bool,
+    /// TCP sequence number; 0 if there is none.
+    pub seq: u32,
     /// State of the layer 4 checksum.
     pub checksum: Checksum,
 }
@@ -88,7 +94,7 @@ pub enum Checksum {
 /// | word | holds |
 /// |---|---|
 /// | 0 | ingress port, peer, network, kind and protocol |
-/// | 1 | destination MAC, fragment flag |
+/// | 1 | destination MAC, marks: fragment, control |
 /// | 2 | source MAC |
 /// | 3 | layer 4 ports, or the ICMP type, code and echo id |
 /// | 4, 5 | source address |
@@ -135,6 +141,9 @@ pub struct FlowFields {
 
 const NO_PEER: u16 = u16::MAX;
 
+/// The mark of a key that no flow has.
+const CONTROL: u64 = 1 << 49;
+
 impl FlowKey {
     /// Builds a key. `addresses` are the words 4 to 7.
     #[inline(always)]
@@ -179,6 +188,18 @@ impl FlowKey {
         fold(one ^ three ^ salt(59, 0), two ^ four.rotate_left(23) ^ seed)
     }
 
+    /// The key of a segment that opens or closes a connection of this flow.
+    pub(crate) fn with_control(mut self) -> FlowKey {
+        self.0[1] |= CONTROL;
+        self
+    }
+
+    /// The key of the flow that such a segment belongs to.
+    pub(crate) fn without_control(mut self) -> FlowKey {
+        self.0[1] &= !CONTROL;
+        self
+    }
+
     /// The key taken apart.
     pub fn fields(&self) -> FlowFields {
         let [facts, destination, source, ports, s0, s1, d0, d1] = self.0;
@@ -206,7 +227,8 @@ impl Meta {
     /// Gives a later fragment the ports of its datagram's first, and with them its flow.
     pub(crate) fn lend_ports(&mut self, ports: L4Key, seed: u64) {
         self.key.0[3] = ports.word();
-        self.hash = self.key.hash(seed);
+        self.has_ports = true;
+        self.hash = self.key.without_control().hash(seed);
     }
 
     /// True if the layer 4 header is in this packet.

@@ -12,6 +12,7 @@ use vswitch_net::checksum;
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 use vswitch_xsk::Packet;
 
+use crate::connection::tcp;
 use crate::meta::{Checksum, FlowKey, Fragment, Kind, L4Key, Meta};
 use crate::snapshot::{Access, NetworkMode, PortKind, Snapshot};
 use crate::verdict::DropReason;
@@ -24,9 +25,9 @@ const ETHERTYPE_QINQ: u16 = 0x88a8;
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
 pub(crate) const ICMP: u8 = 1;
+pub(crate) const IGMP: u8 = 2;
 pub(crate) const ICMPV6: u8 = 58;
 pub(crate) const SCTP: u8 = 132;
-const TCP_SYN: u8 = 2;
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
@@ -225,7 +226,7 @@ fn parse_frame(packet: &Packet, origin: Origin, snapshot: &Snapshot, seed: u64) 
             address_sum: 0,
         },
     };
-    let L4 { ports, checksum, is_syn } = if layer3.has_l4 { parse_l4(head, &layer3)? } else { L4::NONE };
+    let L4 { ports, checksum, flags, is_control, seq } = if layer3.has_l4 { parse_l4(head, &layer3)? } else { L4::NONE };
     if layer3.protocol == UDP && layer3.has_l4 && ports.destination == snapshot.underlay.udp_port {
         return Err(DropReason::NestedVxlan);
     }
@@ -242,7 +243,8 @@ fn parse_frame(packet: &Packet, origin: Origin, snapshot: &Snapshot, seed: u64) 
         layer3.addresses,
     );
     Ok(Meta {
-        key,
+        key: if is_control { key.with_control() } else { key },
+        // All of a connection goes one way, what opens and closes it too.
         hash: key.hash(seed),
         ingress,
         network,
@@ -256,7 +258,10 @@ fn parse_frame(packet: &Packet, origin: Origin, snapshot: &Snapshot, seed: u64) 
         protocol: layer3.protocol,
         ttl: layer3.ttl,
         fragment: layer3.fragment,
-        is_syn,
+        is_syn: flags & tcp::SYN != 0,
+        is_control,
+        has_ports: layer3.has_l4,
+        seq,
         checksum,
     })
 }
@@ -374,14 +379,17 @@ fn is_impossible(part: Fragment) -> bool {
 struct L4 {
     ports: L4Key,
     checksum: Checksum,
-    is_syn: bool,
+    /// Of TCP.
+    flags: u8,
+    is_control: bool,
+    seq: u32,
 }
 
 impl L4 {
     const NONE: L4 = L4::new(L4Key { source: 0, destination: 0 }, Checksum::Complete);
 
     const fn new(ports: L4Key, checksum: Checksum) -> L4 {
-        L4 { ports, checksum, is_syn: false }
+        L4 { ports, checksum, flags: 0, is_control: false, seq: 0 }
     }
 }
 
@@ -413,7 +421,9 @@ fn parse_l4(head: &[u8], layer3: &Layer3) -> Result<L4, DropReason> {
             }
             let checksum = checksum_state(layer3, word(16), 16, room);
             let ports = L4Key { source: word(0), destination: word(2) };
-            Ok(L4 { ports, checksum, is_syn: bytes[13] & TCP_SYN != 0 })
+            let flags = bytes[13];
+            let seq = u32::from_be_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
+            Ok(L4 { ports, checksum, flags, is_control: flags & tcp::CONTROL != 0, seq })
         }
         UDP => {
             let length = usize::from(word(4));
@@ -427,7 +437,12 @@ fn parse_l4(head: &[u8], layer3: &Layer3) -> Result<L4, DropReason> {
             };
             Ok(L4::new(L4Key { source: word(0), destination: word(2) }, checksum))
         }
-        SCTP => Ok(L4::new(L4Key { source: word(0), destination: word(2) }, Checksum::Complete)),
+        SCTP => {
+            let ports = L4Key { source: word(0), destination: word(2) };
+            // What is not data, or about data, opens or closes (RFC 9260 section 3.2).
+            let is_control = head.get(at + need).is_none_or(|chunk| !matches!(chunk, 0 | 3 | 4 | 5));
+            Ok(L4 { is_control, ..L4::new(ports, Checksum::Complete) })
+        }
         _ => {
             let id = if has_echo_id(layer3.protocol, bytes[0]) && room >= 6 { u16_at(head, at + 4)? } else { 0 };
             Ok(L4::new(L4Key { source: word(0), destination: id }, Checksum::Complete))
@@ -478,7 +493,7 @@ fn carry_mark(head: &mut [u8], meta: &Meta, outer: u8) -> Result<(), DropReason>
 }
 
 #[inline(always)]
-fn byte_at(bytes: &[u8], at: usize) -> Result<u8, DropReason> {
+pub(crate) fn byte_at(bytes: &[u8], at: usize) -> Result<u8, DropReason> {
     bytes.get(at).copied().ok_or(DropReason::Truncated)
 }
 

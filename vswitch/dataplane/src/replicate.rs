@@ -4,6 +4,7 @@ use vswitch_net::{PeerIndex, PortId};
 use vswitch_xsk::Packet;
 
 use crate::egress::{Egress, complete, fits, push_tag};
+use crate::judge;
 use crate::meta::{Checksum, Meta};
 use crate::multicast::{self, Membership};
 use crate::port::PortIo;
@@ -75,6 +76,10 @@ impl<P: PortIo> Egress<'_, P> {
                 continue;
             }
             receivers += 1;
+            if !judge::may_flood(self.snapshot, meta, port) {
+                self.refuse_copy(meta.ingress);
+                continue;
+            }
             if let Some(copy) = self.copy(&packet, meta.ingress) {
                 self.local(copy, meta, port, None);
             }
@@ -121,7 +126,7 @@ impl<P: PortIo> Egress<'_, P> {
         }
         let l4 = if tag.is_some() { l4 + TAG as u16 } else { l4 };
         // Of no connection with its segment size, and never a reason to speak to the sender.
-        let meta = Meta { l3: meta.l3 + (l4 - meta.l4), l4, is_syn: false, ..*meta };
+        let meta = Meta { l3: meta.l3 + (l4 - meta.l4), l4, is_syn: false, is_control: false, ..*meta };
         match mirror {
             Mirror::Port(port) => {
                 if let Checksum::Partial { offset } = meta.checksum {
@@ -139,6 +144,14 @@ impl<P: PortIo> Egress<'_, P> {
                 Err(reason) => self.drop(copy, meta.ingress, reason),
             },
         }
+    }
+
+    /// A copy that its receiver's policies do not let pass.
+    fn refuse_copy(&mut self, ingress: PortId) {
+        if let Some(counters) = self.counters.port_mut(ingress) {
+            counters.copies += 1;
+        }
+        self.counters.drop(ingress, DropReason::PolicyDenied);
     }
 
     /// A copy, counted; none, counted as dropped, if there are no frames.

@@ -13,6 +13,7 @@ use crate::bucket::Bucket;
 use crate::table::fdb::Fdb;
 use crate::table::group::Groups;
 use crate::table::neighbor::Neighbors;
+use crate::table::policy::{Classes, Subject};
 use crate::table::route::Routes;
 use crate::vxlan::OuterHeader;
 
@@ -41,6 +42,10 @@ pub struct Snapshot {
     pub neighbors: Neighbors,
     /// Members of multicast groups.
     pub groups: Groups,
+    /// What policies may ask about addresses.
+    pub classes: Classes,
+    /// Rules have numbers below this.
+    pub rules: u32,
 }
 
 /// This node's VTEP.
@@ -67,6 +72,8 @@ pub struct Port {
     pub mtu: u32,
     /// What it leads to.
     pub kind: PortKind,
+    /// What policies say of it.
+    pub policy: Subject,
     /// How much may pass; none for as much as there is.
     pub limits: Option<Arc<Limits>>,
     /// How much of what goes to many may come, by network; as much as there is in others.
@@ -242,7 +249,11 @@ impl Underlay {
 impl Port {
     /// A port without limits and mirrors.
     pub fn new(mtu: u32, kind: PortKind) -> Port {
-        Port { mtu, kind, limits: None, storms: Vec::new(), mirrors_from: Vec::new(), mirrors_to: Vec::new() }
+        Port {
+            mtu,
+            kind,
+            policy: Subject::default(),
+            limits: None, storms: Vec::new(), mirrors_from: Vec::new(), mirrors_to: Vec::new() }
     }
 }
 

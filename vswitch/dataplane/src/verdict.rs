@@ -2,6 +2,8 @@
 
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 
+use crate::table::policy::RuleId;
+
 /// The decision about one packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -17,25 +19,29 @@ pub enum Verdict {
     Drop(DropReason),
 }
 
-/// What a flow entry does with its packets.
+/// What a flow entry does with its packets: what is changed, then the way out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Out of a port of this switch.
-    Local {
-        /// The port.
-        port: PortId,
-        /// What to change, for routed packets.
-        rewrite: Option<Rewrite>,
-    },
+pub struct Action {
+    /// What to change, for routed packets.
+    pub rewrite: Option<Rewrite>,
+    /// Where they go. A way to a proxy, or through a cipher, would be one more of these.
+    pub output: Output,
+}
+
+/// A way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// A port of this switch.
+    Port(PortId),
     /// Through VXLAN to a peer.
     Encap {
         /// The peer.
         peer: PeerIndex,
         /// The network whose VNI to use.
         network: NetworkIndex,
-        /// What to change, for routed packets.
-        rewrite: Option<Rewrite>,
     },
+    /// Nowhere: a rule denies it, and would deny its answers too.
+    Deny(RuleId),
 }
 
 /// What routing changes: both MAC addresses; the hop count goes down by one with it.
@@ -144,6 +150,26 @@ drop_reasons! {
     Isolated, "isolated", "both ports are isolated from each other";
     /// An ICMP error about a packet that its receiver did not send (RFC 5927 section 4.1).
     ForgedError, "forged-error", "an ICMP error that quotes a packet which its receiver cannot have sent";
+    /// A policy does not allow it.
+    PolicyDenied, "policy-denied", "a policy denies it: see `switchctl policy explain` and `switchctl observe`";
+    /// Of no connection that is known, between ends that policies protect.
+    NoConnection, "no-connection", "it belongs to no connection, and is none that may begin one";
+    /// TCP that cannot be where the connection is.
+    TcpState, "tcp-state", "a TCP segment that cannot follow what was seen of its connection";
+    /// TCP outside of the window (RFC 9293 section 3.10.7.4).
+    TcpWindow, "tcp-window", "a TCP segment far outside of its connection's window";
+    /// TCP flags that no stack sends together.
+    TcpFlags, "tcp-flags", "TCP flags that no stack sends together";
+    /// A SYN in pieces.
+    FragmentedSyn, "fragmented-syn", "a TCP segment that opens or closes a connection, in fragments";
+    /// A later fragment whose first was not seen, between ends whose policies ask for ports.
+    FragmentUnjudged, "fragment-unjudged", "a fragment without ports came before its first, and policies ask for ports";
+    /// The layer 4 checksum is wrong.
+    BadChecksum, "bad-checksum", "the TCP, UDP, SCTP or ICMP checksum is wrong: look for damage on the link";
+    /// An ICMP error about nothing that is known.
+    UnrelatedError, "unrelated-error", "an ICMP error that quotes no connection";
+    /// The connection table is full.
+    ConnectionsFull, "connections-full", "the connection table is full of answered connections: raise `connections.limit`";
     /// For the gateway's own address, which offers nothing but ARP and neighbor discovery.
     ToGateway, "to-gateway", "the gateway's address offers nothing but ARP, neighbor discovery and ping";
     /// From or to a link-local, loopback or unspecified address (RFC 4291 section 2.5.6, RFC 3927 section 7).

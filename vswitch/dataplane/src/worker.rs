@@ -4,16 +4,20 @@
 //! something. A port that has had nothing for a while is handed out to be parked ([`Worker::take_idle`]) until its owner
 //! sees its socket become readable; an idle port then costs nothing.
 
+use std::sync::Arc;
+
 use vswitch_net::{MacAddr, PortId};
 use vswitch_xsk::{Packet, Umem, prefetch};
 
 use crate::bucket::Bucket;
+use crate::connection::Connections;
 use crate::counters::Counters;
 use crate::counters::OWN;
-use crate::decide::{decide, is_cacheable, known_neighbor};
+use crate::decide::{Decision, decide, is_cacheable, known_neighbor};
 use crate::egress::{Egress, Ports, Scratch};
-use crate::event::{Event, Events, OwnWay};
+use crate::event::{Event, Events, FlowNews, OwnWay};
 use crate::icmp;
+use crate::judge::{self, Admitted, Passage, Refused};
 use crate::meta::Meta;
 use crate::multicast;
 use crate::parse::{parse, parse_own, tag_of};
@@ -21,10 +25,10 @@ use crate::port::PortIo;
 use crate::reply;
 use crate::shape::{Held, Queue, Shaped, may_wait};
 use crate::snapshot::{NetworkMode, Snapshot};
-use crate::table::flow::{FlowEntry, FlowTable};
+use crate::table::flow::{FlowEntry, FlowTable, Probe};
 use crate::table::fragment::{DatagramKey, Fragments};
 use crate::tagged;
-use crate::verdict::{Action, DropReason, Verdict};
+use crate::verdict::{Action, DropReason, Output, Verdict};
 
 /// Most packets of one receive call.
 pub const BURST: usize = 64;
@@ -71,6 +75,7 @@ pub struct Worker<P> {
     counters: Counters,
     events: Events,
     fragments: Fragments,
+    connections: Arc<Connections>,
     scratch: Scratch,
     /// Packets that wait because of the rate of the port that sent them, by port.
     from: Vec<Queue>,
@@ -102,8 +107,8 @@ struct Slot {
 }
 
 impl<P: PortIo> Worker<P> {
-    /// A worker over `umem`, without ports.
-    pub fn new(umem: Umem, config: WorkerConfig) -> Worker<P> {
+    /// A worker over `umem`, without ports. `connections` are all workers'.
+    pub fn new(umem: Umem, config: WorkerConfig, connections: Arc<Connections>) -> Worker<P> {
         Worker {
             umem,
             ports: Ports { io: Vec::new(), busy: Vec::new(), is_busy: Vec::new() },
@@ -113,6 +118,7 @@ impl<P: PortIo> Worker<P> {
             counters: Counters::default(),
             events: Events::new(),
             fragments: Fragments::new(),
+            connections,
             scratch: Scratch {
                 whole: Vec::with_capacity(MAX_PACKET),
                 part: Vec::with_capacity(MAX_PACKET),
@@ -186,6 +192,7 @@ impl<P: PortIo> Worker<P> {
 
     /// One pass: receive, decide, send, and take sent frames back.
     pub fn turn(&mut self, now_ns: u64, snapshot: &Snapshot) -> Turn {
+        self.counters.open_rules(snapshot.rules);
         if self.counters.held > 0 {
             self.release(now_ns, snapshot);
         }
@@ -363,7 +370,7 @@ impl<P: PortIo> Worker<P> {
 
     /// The walk of one burst: parse all, look all up, decide about the misses, then one loop a verdict.
     fn process(&mut self, ingress: PortId, now_ns: u64, snapshot: &Snapshot) {
-        let Worker { umem, ports, flows, counters, events, fragments, scratch, burst, config, .. } = self;
+        let Worker { umem, ports, flows, counters, events, fragments, connections, scratch, burst, config, .. } = self;
         let Burst { packets, slots, local, encap, .. } = burst;
         let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns, is_quiet: false };
         for packet in packets.iter() {
@@ -398,33 +405,46 @@ impl<P: PortIo> Worker<P> {
         for (at, slot) in slots.iter_mut().enumerate() {
             let meta = &slot.meta;
             let bytes = slot.packet.as_ref().map_or(0, Packet::len);
-            slot.action = slot.found.and_then(|at| flows.hit(at, &meta.key, snapshot.generation, now_ns, bytes));
+            let probe =
+                Probe { key: &meta.key, generation: snapshot.generation, now_ns, bytes, seq: meta.seq };
+            slot.action = slot.found.and_then(|at| flows.hit(at, &probe));
             if slot.action.is_some() {
                 out.counters.flow_hits += 1;
             } else {
                 out.counters.flow_misses += 1;
-                slot.action = miss(&mut slot.packet, meta, now_ns, &mut out, events);
-                if let Some(action) = slot.action
-                    && is_cacheable(meta)
-                {
-                    flows.insert(&meta.key, meta.hash, snapshot.generation, now_ns, action, bytes);
+                let miss = Miss { meta, now_ns, last_seq: flows.last_seq(&meta.key.without_control(), meta.hash), connections };
+                if let Some((action, admitted)) = miss.decide(&mut slot.packet, &mut out, events) {
+                    slot.action = Some(action);
+                    if admitted.is_lasting && is_cacheable(meta) {
+                        flows.insert(meta.hash, &probe, action, admitted.window_bits);
+                    }
                 }
             }
-            match slot.action {
-                Some(Action::Encap { .. }) => encap.push(at as u8),
-                Some(Action::Local { .. }) => local.push(at as u8),
+            match slot.action.map(|action| action.output) {
+                Some(Output::Encap { .. }) => encap.push(at as u8),
+                Some(Output::Port(_)) => local.push(at as u8),
+                Some(Output::Deny(rule)) => {
+                    if let Some(packet) = slot.packet.take() {
+                        out.counters.deny(rule);
+                        out.drop(packet, slot.meta.ingress, DropReason::PolicyDenied);
+                    }
+                }
                 None => {}
             }
         }
         for at in encap.drain(..) {
             let slot = &mut slots[usize::from(at)];
-            if let (Some(packet), Some(Action::Encap { peer, network, rewrite })) = (slot.packet.take(), slot.action) {
+            if let (Some(packet), Some(Action { rewrite, output: Output::Encap { peer, network } })) =
+                (slot.packet.take(), slot.action)
+            {
                 out.encap(packet, &slot.meta, peer, network, rewrite);
             }
         }
         for at in local.drain(..) {
             let slot = &mut slots[usize::from(at)];
-            if let (Some(packet), Some(Action::Local { port, rewrite })) = (slot.packet.take(), slot.action) {
+            if let (Some(packet), Some(Action { rewrite, output: Output::Port(port) })) =
+                (slot.packet.take(), slot.action)
+            {
                 out.local(packet, &slot.meta, port, rewrite);
             }
         }
@@ -452,24 +472,94 @@ fn count_received(counters: &mut Counters, ingress: PortId, packets: &[Packet]) 
     }
 }
 
-/// The miss path. Gives the action to forward by and to remember, or takes the packet to its end itself.
-fn miss<P: PortIo>(
+/// A packet that no flow entry knows.
+struct Miss<'a> {
+    meta: &'a Meta,
+    now_ns: u64,
+    /// The newest sequence number of the flow that it belongs to.
+    last_seq: Option<u32>,
+    connections: &'a Connections,
+}
+
+impl Miss<'_> {
+    /// The miss path. Gives the action to forward by and how long it holds, or takes the packet to its end itself.
+    fn decide<P: PortIo>(
+        &self,
+        slot: &mut Option<Packet>,
+        out: &mut Egress<'_, P>,
+        events: &mut Events,
+    ) -> Option<(Action, Admitted)> {
+        let meta = self.meta;
+        let packet = slot.as_ref()?;
+        let decision = decide(meta, packet.head().data(), out.snapshot);
+        if let Some(location) = decision.learn
+            && !events.seen(self.now_ns, meta.network, meta.source, location)
+        {
+            out.counters.events_lost += 1;
+        }
+        match decision.verdict {
+            Verdict::Forward(action) => return self.admit(slot, action, out, events),
+            // Who may not send to anybody there sends to nobody.
+            Verdict::Flood | Verdict::Group if !meta.destination.is_multicast() => {
+                let nowhere = Action { rewrite: None, output: Output::Port(PortId(u16::MAX)) };
+                let (action, admitted) = self.admit(slot, nowhere, out, events)?;
+                if action != nowhere {
+                    return Some((action, admitted));
+                }
+            }
+            _ => {}
+        }
+        finish(slot, meta, decision, out, events);
+        None
+    }
+
+    /// What connections and policies say: the action, or a denial that may be remembered. None if the packet was dropped.
+    fn admit<P: PortIo>(
+        &self,
+        slot: &mut Option<Packet>,
+        action: Action,
+        out: &mut Egress<'_, P>,
+        events: &mut Events,
+    ) -> Option<(Action, Admitted)> {
+        let Miss { meta, now_ns, last_seq, connections } = *self;
+        let to = if let Output::Port(port) = action.output { Some(port) } else { None };
+        let packet = slot.as_ref()?;
+        let passage = Passage { snapshot: out.snapshot, connections, umem: out.umem, packet, meta, to, last_seq, now_ns };
+        let judged = judge::admit(&passage);
+        let (refused, rule) = match &judged {
+            Ok(admitted) => (None, admitted.log),
+            Err(refused) => (Some(refused.reason), refused.rule),
+        };
+        let is_news = rule.is_some() || refused.is_some();
+        if is_news && !events.flow(FlowNews { now_ns, key: meta.key, to, refused, rule }) {
+            out.counters.events_lost += 1;
+        }
+        match judged {
+            Ok(admitted) => {
+                admitted.allowed_by.into_iter().flatten().for_each(|rule| out.counters.allow(rule));
+                Some((action, admitted))
+            }
+            Err(Refused { rule: Some(rule), is_lasting: true, .. }) => {
+                Some((Action { rewrite: None, output: Output::Deny(rule) }, judge::PASSED))
+            }
+            Err(Refused { reason, rule, .. }) => {
+                rule.into_iter().for_each(|rule| out.counters.deny(rule));
+                out.drop(slot.take()?, meta.ingress, reason);
+                None
+            }
+        }
+    }
+}
+
+/// Takes a packet that is not forwarded to its end.
+fn finish<P: PortIo>(
     slot: &mut Option<Packet>,
     meta: &Meta,
-    now_ns: u64,
+    decision: Decision,
     out: &mut Egress<'_, P>,
     events: &mut Events,
-) -> Option<Action> {
+) -> Option<()> {
     let packet = slot.as_ref()?;
-    let decision = decide(meta, packet.head().data(), out.snapshot);
-    if let Some(location) = decision.learn
-        && !events.seen(now_ns, meta.network, meta.source, location)
-    {
-        out.counters.events_lost += 1;
-    }
-    if let Verdict::Forward(action) = decision.verdict {
-        return Some(action);
-    }
     let network = out.snapshot.network(meta.network)?;
     if let (Some(_), Some(location)) = (&network.multicast_routers, decision.learn) {
         multicast::memberships(meta, packet.head().data(), |membership| {
@@ -493,7 +583,7 @@ fn miss<P: PortIo>(
         Verdict::Drop(reason) => out.refuse(packet, meta, reason, 0, |out, piece, meta| out.back(piece, meta)),
         Verdict::Forward(_) => {}
     }
-    None
+    Some(())
 }
 
 /// Whether a port may send another packet to many.

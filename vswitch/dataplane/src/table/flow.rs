@@ -14,6 +14,9 @@
 //! A full bucket gives up its stalest entry, else the one unused longest. A burst is looked up in two passes, so that the
 //! cache misses of its packets overlap: [`FlowTable::prefetch`], then [`FlowTable::find`] and the entry's own prefetch.
 //!
+//! Of a TCP flow the newest sequence number is kept. A segment too far from it is a miss, and is judged by its connection
+//! ([`crate::connection`]); so are segments that open or close one, whose keys are never stored.
+//!
 //! # Cost
 //!
 //! 144 bytes an entry. One probe a hit.
@@ -25,7 +28,7 @@
 use vswitch_xsk::prefetch;
 
 use crate::meta::FlowKey;
-use crate::verdict::Action;
+use crate::verdict::{Action, Output};
 
 /// An entry is decided anew after this time.
 pub const LIFETIME_NS: u64 = 5_000_000_000;
@@ -38,10 +41,16 @@ const WAYS: usize = 4;
 pub struct FlowEntry {
     /// What its packets look like.
     pub key: FlowKey,
-    /// Generation of the snapshot that decided; 0 for an unused entry.
-    pub generation: u64,
-    /// When it must be decided anew.
-    pub expires_ns: u64,
+    /// Generation of the snapshot that decided, its low bits: an entry lives too short for them to come round.
+    generation: u32,
+    /// When it must be decided anew, in ticks of 2^24 ns.
+    expires: u32,
+    /// The newest TCP sequence number.
+    seq: u32,
+    /// How far another one may be from it: two to the power of this.
+    window_bits: u8,
+    /// False for an entry that was never used.
+    is_used: bool,
     /// When it last matched.
     pub used_ns: u64,
     /// Packets matched.
@@ -52,6 +61,21 @@ pub struct FlowEntry {
     pub action: Action,
 }
 
+/// A packet as the table sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Probe<'a> {
+    /// What it looks like.
+    pub(crate) key: &'a FlowKey,
+    /// Generation of the snapshot in use.
+    pub(crate) generation: u64,
+    /// The time.
+    pub(crate) now_ns: u64,
+    /// Its length.
+    pub(crate) bytes: usize,
+    /// Its TCP sequence number; 0 if it has none.
+    pub(crate) seq: u32,
+}
+
 /// The table.
 #[derive(Debug)]
 pub struct FlowTable {
@@ -60,14 +84,20 @@ pub struct FlowTable {
     mask: usize,
 }
 
+/// The window of what has no sequence numbers: anything.
+pub(crate) const NO_WINDOW: u8 = 31;
+
 const UNUSED: FlowEntry = FlowEntry {
     key: FlowKey([0; 8]),
     generation: 0,
-    expires_ns: 0,
+    expires: 0,
+    seq: 0,
+    window_bits: NO_WINDOW,
+    is_used: false,
     used_ns: 0,
     packets: 0,
     bytes: 0,
-    action: Action::Local { port: vswitch_net::PortId(u16::MAX), rewrite: None },
+    action: Action { rewrite: None, output: Output::Port(vswitch_net::PortId(u16::MAX)) },
 };
 
 impl FlowTable {
@@ -100,21 +130,38 @@ impl FlowTable {
         Some(at)
     }
 
-    /// The action of the flow at `at`, if key and generation match and it has not expired; counts the packet.
+    /// The action of the flow at `at`, if key and generation match, it has not expired, and the sequence number is near the
+    /// last one; counts the packet.
     #[inline(always)]
-    pub fn hit(&mut self, at: usize, key: &FlowKey, generation: u64, now_ns: u64, bytes: usize) -> Option<Action> {
+    pub(crate) fn hit(&mut self, at: usize, probe: &Probe<'_>) -> Option<Action> {
         let entry = &mut self.entries[at];
-        if entry.generation != generation || now_ns >= entry.expires_ns || entry.key != *key {
+        let distance = probe.seq.wrapping_sub(entry.seq);
+        if entry.generation != probe.generation as u32
+            || (tick(probe.now_ns).wrapping_sub(entry.expires) as i32) >= 0
+            || entry.key != *probe.key
+            || (distance as i32).unsigned_abs() >> entry.window_bits != 0
+        {
             return None;
         }
-        entry.used_ns = now_ns;
+        if (distance as i32) > 0 {
+            entry.seq = probe.seq;
+        }
+        entry.used_ns = probe.now_ns;
         entry.packets += 1;
-        entry.bytes += bytes as u64;
+        entry.bytes += probe.bytes as u64;
         Some(entry.action)
     }
 
-    /// Stores a decision, in the flow's old place if it had one, and counts its packet.
-    pub fn insert(&mut self, key: &FlowKey, hash: u64, generation: u64, now_ns: u64, action: Action, bytes: usize) {
+    /// The newest sequence number of a flow that is or was here.
+    pub(crate) fn last_seq(&self, key: &FlowKey, hash: u64) -> Option<u32> {
+        let entry = &self.entries[self.find(hash)?];
+        (entry.is_used && entry.key == *key).then_some(entry.seq)
+    }
+
+    /// Stores a decision, in the flow's old place if it had one, and counts its packet. `window_bits` is
+    /// [`NO_WINDOW`] for what has no sequence numbers.
+    pub(crate) fn insert(&mut self, hash: u64, probe: &Probe<'_>, action: Action, window_bits: u8) {
+        let Probe { key, generation, now_ns, bytes, seq } = *probe;
         let bucket = hash as usize & self.mask;
         let tag = tag(hash);
         let ways = &self.entries[bucket * WAYS..(bucket + 1) * WAYS];
@@ -122,7 +169,8 @@ impl FlowTable {
         let way = same.unwrap_or_else(|| {
             (0..WAYS)
                 .min_by_key(|&way| {
-                    let is_live = ways[way].generation == generation && now_ns < ways[way].expires_ns;
+                    let is_live = ways[way].generation == generation as u32
+                        && (tick(now_ns).wrapping_sub(ways[way].expires) as i32) < 0;
                     (self.tags[bucket][way] != 0, is_live, ways[way].used_ns)
                 })
                 .unwrap_or(0)
@@ -132,19 +180,30 @@ impl FlowTable {
             (entry.packets, entry.bytes) = (0, 0);
         }
         self.tags[bucket][way] = tag;
-        entry.key = *key;
-        entry.generation = generation;
-        entry.expires_ns = now_ns.saturating_add(LIFETIME_NS);
-        entry.used_ns = now_ns;
-        entry.packets += 1;
-        entry.bytes += bytes as u64;
-        entry.action = action;
+        *entry = FlowEntry {
+            key: *key,
+            generation: generation as u32,
+            expires: tick(now_ns.saturating_add(LIFETIME_NS)),
+            seq,
+            window_bits,
+            is_used: true,
+            used_ns: now_ns,
+            packets: entry.packets + 1,
+            bytes: entry.bytes + bytes as u64,
+            action,
+        };
     }
 
     /// Flows that matched since `since_ns`.
     pub fn dump(&self, since_ns: u64) -> impl Iterator<Item = &FlowEntry> {
-        self.entries.iter().filter(move |entry| entry.generation != 0 && entry.used_ns >= since_ns)
+        self.entries.iter().filter(move |entry| entry.is_used && entry.used_ns >= since_ns)
     }
+}
+
+/// About 17 ms.
+#[inline(always)]
+fn tick(ns: u64) -> u32 {
+    (ns >> 24) as u32
 }
 
 /// Never zero, which marks an unused way.
@@ -164,12 +223,31 @@ mod tests {
     const SEED: u64 = 0x5eed_5eed_1234_abcd;
 
     fn action(port: u16) -> Action {
-        Action::Local { port: PortId(port), rewrite: None }
+        Action { rewrite: None, output: Output::Port(PortId(port)) }
     }
 
     fn lookup(table: &mut FlowTable, key: &FlowKey, generation: u64, now_ns: u64) -> Option<Action> {
         let at = table.find(key.hash(SEED))?;
-        table.hit(at, key, generation, now_ns, 64)
+        table.hit(at, &Probe { key, generation, now_ns, bytes: 64, seq: 0 })
+    }
+
+    fn insert(table: &mut FlowTable, key: &FlowKey, generation: u64, now_ns: u64, action: Action) {
+        let probe = Probe { key, generation, now_ns, bytes: 64, seq: 0 };
+        table.insert(key.hash(SEED), &probe, action, NO_WINDOW);
+    }
+
+    #[test]
+    fn a_sequence_number_far_away_is_a_miss() {
+        let mut table = FlowTable::new(16);
+        let key = FlowKey([9; 8]);
+        let probe = |seq: u32| Probe { key: &key, generation: 1, now_ns: 1, bytes: 64, seq };
+        table.insert(key.hash(SEED), &probe(u32::MAX - 10), action(1), 17);
+        let mut hits = |seq: u32| table.find(key.hash(SEED)).and_then(|at| table.hit(at, &probe(seq))).is_some();
+        assert!(hits(100), "numbers come round");
+        assert!(hits(100 + (1 << 17) - 1), "the window moves along");
+        assert!(!hits(100 + (1 << 19)) && !hits(0x8000_0000));
+        assert!(hits(100), "again");
+        assert_eq!(table.last_seq(&key, key.hash(SEED)), Some(100 + (1 << 17) - 1));
     }
 
     #[test]
@@ -181,11 +259,11 @@ mod tests {
     fn another_generation_or_a_late_packet_is_a_miss() {
         let mut table = FlowTable::new(16);
         let key = FlowKey([9; 8]);
-        table.insert(&key, key.hash(SEED), 5, 100, action(1), 64);
+        insert(&mut table, &key, 5, 100, action(1));
         assert_eq!(lookup(&mut table, &key, 5, 101), Some(action(1)));
         assert_eq!(lookup(&mut table, &key, 6, 101), None);
-        assert_eq!(lookup(&mut table, &key, 5, 100 + LIFETIME_NS), None);
-        table.insert(&key, key.hash(SEED), 6, 200, action(2), 64);
+        assert_eq!(lookup(&mut table, &key, 5, 100 + LIFETIME_NS + (1 << 24)), None);
+        insert(&mut table, &key, 6, 200, action(2));
         assert_eq!(lookup(&mut table, &key, 6, 201), Some(action(2)));
         assert_eq!(table.dump(0).count(), 1, "decided anew in place");
         assert_eq!(table.dump(0).next().unwrap().packets, 4);
@@ -199,7 +277,7 @@ mod tests {
         for i in 0..2000_u64 {
             let key = FlowKey([i % 700, i / 3 % 2, 0, 0, 1, 2, 3, 4]);
             let generation = 1 + i / 1000;
-            table.insert(&key, key.hash(SEED), generation, i, action(i as u16), 64);
+            insert(&mut table, &key, generation, i, action(i as u16));
             map.insert(key.0, (generation, action(i as u16)));
         }
         for (key, (generation, action)) in &map {
@@ -213,7 +291,7 @@ mod tests {
         let mut table = FlowTable::new(64);
         for i in 0..10_000_u64 {
             let key = FlowKey([i; 8]);
-            table.insert(&key, key.hash(SEED), 1, i, action(i as u16), 64);
+            insert(&mut table, &key, 1, i, action(i as u16));
             assert_eq!(lookup(&mut table, &key, 1, i), Some(action(i as u16)));
         }
         assert!(table.dump(0).count() <= 64);

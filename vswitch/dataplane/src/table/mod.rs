@@ -5,5 +5,7 @@ pub mod flow;
 pub mod fragment;
 pub mod group;
 pub mod neighbor;
+pub mod policy;
+pub mod prefix;
 pub mod route;
 mod sharded;
