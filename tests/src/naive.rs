@@ -104,7 +104,9 @@ fn is_about(rule: &Rule, receiver: &End, purpose: Purpose) -> bool {
     let Purpose { protocol, port } = purpose;
     rule.ports.as_ref().is_none_or(|ports| {
         ports.iter().any(|one| match one {
-            PortMatch::Ports { protocol: wanted, first, last } => *wanted == protocol && (*first..=*last).contains(&port),
+            PortMatch::Ports { protocol: wanted, first, last } => {
+                *wanted == protocol && (*first..=*last).contains(&port)
+            }
             PortMatch::Protocol(wanted) => *wanted == protocol,
             PortMatch::Named { name, protocol: wanted } => names.iter().any(|named| {
                 named.name == *name

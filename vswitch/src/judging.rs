@@ -1,6 +1,7 @@
 //! The parts of the configuration that policies and connections have: `[policy]` and `[connections]`.
 
 use serde::Deserialize;
+use vswitch_control::Failsafe;
 use vswitch_dataplane::connection::{ConnectionConfig, PickUp, Timeouts};
 
 const SECOND: u64 = 1_000_000_000;
@@ -46,7 +47,8 @@ pub(crate) enum PickUpMode {
 impl Default for Policy {
     fn default() -> Self {
         // Those of Calico: remote login, DHCP, BGP, etcd, Typha, and the API server.
-        let inbound = ["tcp/22", "udp/68", "tcp/179", "tcp/2379", "tcp/2380", "tcp/5473", "tcp/6443", "tcp/6666", "tcp/6667"];
+        let inbound =
+            ["tcp/22", "udp/68", "tcp/179", "tcp/2379", "tcp/2380", "tcp/5473", "tcp/6443", "tcp/6666", "tcp/6667"];
         let outbound =
             ["udp/53", "udp/67", "tcp/179", "tcp/2379", "tcp/2380", "tcp/5473", "tcp/6443", "tcp/6666", "tcp/6667"];
         Policy {
@@ -90,7 +92,7 @@ impl Default for Connections {
 
 impl Policy {
     /// The ports that no policy closes, protocol and port: towards this node, and from it.
-    pub(crate) fn failsafe(&self) -> Result<(Vec<(u8, u16)>, Vec<(u8, u16)>), String> {
+    pub(crate) fn failsafe(&self) -> Result<Failsafe, String> {
         let read = |key: &str, ports: &[String]| {
             let port = |text: &String| {
                 let (protocol, port) = text.split_once('/')?;
@@ -105,10 +107,10 @@ impl Policy {
             let wrong = |text: &String| format!("policy.{key}: \"{text}\" is no port: write tcp/22, udp/53 or sctp/7");
             ports.iter().map(|text| port(text).ok_or_else(|| wrong(text))).collect::<Result<Vec<_>, _>>()
         };
-        Ok((
-            read("failsafe_inbound", &self.failsafe_inbound)?,
-            read("failsafe_outbound", &self.failsafe_outbound)?,
-        ))
+        Ok(Failsafe {
+            inbound: read("failsafe_inbound", &self.failsafe_inbound)?,
+            outbound: read("failsafe_outbound", &self.failsafe_outbound)?,
+        })
     }
 }
 

@@ -9,8 +9,8 @@ use clap_complete::Shell;
 use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use vswitch_api::{
-    Encap, FdbTarget, MirrorDirection, MirrorSpec, NamedPort, NetworkMode, NetworkSpec, PeerSpec, PortMapping, Protocol,
-    SenderCheck, StormLimits,
+    Encap, FdbTarget, MirrorDirection, MirrorSpec, NamedPort, NetworkMode, NetworkSpec, PeerSpec, PortMapping,
+    Protocol, SenderCheck, StormLimits,
 };
 use vswitch_net::{MacAddr, Vni};
 

@@ -14,8 +14,8 @@ use serde_json::Value;
 use similar::TextDiff;
 use vswitch_api::{
     Answer, ChangeInfo, Client, ConnectionFilter, ConnectionsInfo, EndpointInfo, EndpointName, EndpointSpec,
-    ExplainInfo, ExplainSpec, FlowEvent, NamedPort, ObjectName, ObserveFilter, PolicyDetail, PolicyDocument, PolicyInfo,
-    Protocol, Request,
+    ExplainInfo, ExplainSpec, FlowEvent, NamedPort, ObjectName, ObserveFilter, PolicyDetail, PolicyDocument,
+    PolicyInfo, Protocol, Request,
 };
 
 use crate::arguments::{Format, parse_label};
@@ -421,14 +421,7 @@ fn print_policy(out: &mut impl Write, policy: &PolicyDetail) -> io::Result<()> {
     }
     if !policy.rules.is_empty() {
         let rules = policy.rules.iter().map(|rule| {
-            row([
-                &rule.path,
-                &rule.line,
-                &rule.action,
-                &or_dash(rule.name.as_deref()),
-                &rule.connections,
-                &rule.denied,
-            ])
+            row([&rule.path, &rule.line, &rule.action, &or_dash(rule.name.as_deref()), &rule.connections, &rule.denied])
         });
         table(out, ["RULE", "LINE", "ACTION", "NAME", "ALLOWED", "DENIED"], rules)?;
     }

@@ -21,9 +21,9 @@ mod response;
 pub use client::{Client, ClientError};
 pub use error::{ApiError, ErrorCode, sentence};
 pub use policy::{
-    ChangeInfo, ConnectionFilter, ConnectionInfo, ConnectionsInfo, EndpointInfo, EndpointName, EndpointSpec, ExplainInfo,
-    ExplainSpec, ExplainedEnd, ExplainedRule, FlowEvent, NamedPort, ObjectName, ObserveFilter, PolicyDetail,
-    PolicyDocument, PolicyInfo, RuleInfo,
+    ChangeInfo, ConnectionFilter, ConnectionInfo, ConnectionsInfo, EndpointInfo, EndpointName, EndpointSpec,
+    ExplainInfo, ExplainSpec, ExplainedEnd, ExplainedRule, FlowEvent, NamedPort, ObjectName, ObserveFilter,
+    PolicyDetail, PolicyDocument, PolicyInfo, RuleInfo,
 };
 pub use request::{
     Attachment, Bandwidth, Encap, FdbSpec, FdbTarget, MirrorDirection, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec,

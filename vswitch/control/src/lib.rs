@@ -97,14 +97,23 @@ pub struct ControlConfig {
     pub import_encap: Encap,
     /// Whether what leaves the cluster by way of the host gets the host's address.
     pub masquerade: bool,
-    /// Ports of this node that no policy closes, protocol and port: towards it, and from it.
-    pub failsafe: (Vec<(u8, u16)>, Vec<(u8, u16)>),
+    /// Ports of this node that no policy closes.
+    pub failsafe: Failsafe,
     /// Whether a pod of a container runtime waits until somebody has told of its labels.
     pub requires_endpoints: bool,
     /// A learned station is forgotten after this long without a packet.
     pub fdb_ageing_ns: u64,
     /// Most learned stations of one network.
     pub fdb_limit: usize,
+}
+
+/// Ports of this node that no policy closes, each a protocol's number and a port.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Failsafe {
+    /// Towards this node.
+    pub inbound: Vec<(u8, u16)>,
+    /// From this node.
+    pub outbound: Vec<(u8, u16)>,
 }
 
 /// What a pod's routes should be.
@@ -171,7 +180,7 @@ impl Default for ControlConfig {
             is_importing: false,
             import_encap: Encap::Direct,
             masquerade: true,
-            failsafe: (Vec::new(), Vec::new()),
+            failsafe: Failsafe::default(),
             requires_endpoints: false,
             fdb_ageing_ns: 300_000_000_000,
             fdb_limit: 8192,
@@ -193,7 +202,7 @@ impl Control {
             own: Vec::new(),
             neighbors: BTreeMap::new(),
             underlay: UnderlayView::new(config.udp_port, &config.uplinks),
-            policy: PolicyStore::new(policy::failsafe(&config.failsafe.0, &config.failsafe.1)),
+            policy: PolicyStore::new(policy::failsafe(&config.failsafe)),
             observed: Observed::default(),
             host_addresses: Vec::new(),
             config,

@@ -70,7 +70,8 @@ impl From<DropReason> for Refused {
 }
 
 /// Passes without a connection.
-pub(crate) const PASSED: Admitted = Admitted { window_bits: NO_WINDOW, allowed_by: [None; 2], log: None, is_lasting: true };
+pub(crate) const PASSED: Admitted =
+    Admitted { window_bits: NO_WINDOW, allowed_by: [None; 2], log: None, is_lasting: true };
 
 /// One end of a connection: its policies, if it is here, and its address.
 #[derive(Clone, Copy)]
@@ -222,7 +223,11 @@ fn follow<'a>(
     }
     let is_reset = segment.is_some_and(|segment| segment.flags & tcp::RST != 0);
     if !begins && (is_reset || tuple.is_echo.is_some() || (segment.is_none() && meta.protocol == TCP)) {
-        return if is_policed { Err(DropReason::NoConnection.into()) } else { Ok(Admitted { is_lasting: false, ..PASSED }) };
+        return if is_policed {
+            Err(DropReason::NoConnection.into())
+        } else {
+            Ok(Admitted { is_lasting: false, ..PASSED })
+        };
     }
     let answer = ask(from, to, there);
     let mut began = 0;
@@ -479,7 +484,11 @@ fn is_checksum_right(passage: &Passage<'_>) -> bool {
 }
 
 fn pseudo_v4(from: Ipv4Addr, to: Ipv4Addr, protocol: u8, length: u32) -> u32 {
-    checksum::sum(&from.octets()) + checksum::sum(&to.octets()) + u32::from(protocol) + (length >> 16) + (length & 0xffff)
+    checksum::sum(&from.octets())
+        + checksum::sum(&to.octets())
+        + u32::from(protocol)
+        + (length >> 16)
+        + (length & 0xffff)
 }
 
 fn pseudo_v6(from: Ipv6Addr, to: Ipv6Addr, protocol: u8, length: u32) -> u32 {

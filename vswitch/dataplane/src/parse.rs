@@ -226,7 +226,8 @@ fn parse_frame(packet: &Packet, origin: Origin, snapshot: &Snapshot, seed: u64) 
             address_sum: 0,
         },
     };
-    let L4 { ports, checksum, flags, is_control, seq } = if layer3.has_l4 { parse_l4(head, &layer3)? } else { L4::NONE };
+    let L4 { ports, checksum, flags, is_control, seq } =
+        if layer3.has_l4 { parse_l4(head, &layer3)? } else { L4::NONE };
     if layer3.protocol == UDP && layer3.has_l4 && ports.destination == snapshot.underlay.udp_port {
         return Err(DropReason::NestedVxlan);
     }

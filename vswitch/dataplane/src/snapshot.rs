@@ -253,7 +253,11 @@ impl Port {
             mtu,
             kind,
             policy: Subject::default(),
-            limits: None, storms: Vec::new(), mirrors_from: Vec::new(), mirrors_to: Vec::new() }
+            limits: None,
+            storms: Vec::new(),
+            mirrors_from: Vec::new(),
+            mirrors_to: Vec::new(),
+        }
     }
 }
 

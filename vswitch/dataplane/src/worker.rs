@@ -405,14 +405,18 @@ impl<P: PortIo> Worker<P> {
         for (at, slot) in slots.iter_mut().enumerate() {
             let meta = &slot.meta;
             let bytes = slot.packet.as_ref().map_or(0, Packet::len);
-            let probe =
-                Probe { key: &meta.key, generation: snapshot.generation, now_ns, bytes, seq: meta.seq };
+            let probe = Probe { key: &meta.key, generation: snapshot.generation, now_ns, bytes, seq: meta.seq };
             slot.action = slot.found.and_then(|at| flows.hit(at, &probe));
             if slot.action.is_some() {
                 out.counters.flow_hits += 1;
             } else {
                 out.counters.flow_misses += 1;
-                let miss = Miss { meta, now_ns, last_seq: flows.last_seq(&meta.key.without_control(), meta.hash), connections };
+                let miss = Miss {
+                    meta,
+                    now_ns,
+                    last_seq: flows.last_seq(&meta.key.without_control(), meta.hash),
+                    connections,
+                };
                 if let Some((action, admitted)) = miss.decide(&mut slot.packet, &mut out, events) {
                     slot.action = Some(action);
                     if admitted.is_lasting && is_cacheable(meta) {
@@ -524,7 +528,8 @@ impl Miss<'_> {
         let Miss { meta, now_ns, last_seq, connections } = *self;
         let to = if let Output::Port(port) = action.output { Some(port) } else { None };
         let packet = slot.as_ref()?;
-        let passage = Passage { snapshot: out.snapshot, connections, umem: out.umem, packet, meta, to, last_seq, now_ns };
+        let passage =
+            Passage { snapshot: out.snapshot, connections, umem: out.umem, packet, meta, to, last_seq, now_ns };
         let judged = judge::admit(&passage);
         let (refused, rule) = match &judged {
             Ok(admitted) => (None, admitted.log),

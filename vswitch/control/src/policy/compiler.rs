@@ -346,9 +346,8 @@ impl Compiler {
             let key = |at| RuleKey { policy: policy.id.clone(), direction, at };
             (0..count).map(|at| self.rules.number(&key(Some(at)))).collect::<Vec<RuleId>>()
         });
-        let defaults = DIRECTIONS.map(|direction| {
-            self.rules.number(&RuleKey { policy: policy.id.clone(), direction, at: None })
-        });
+        let defaults =
+            DIRECTIONS.map(|direction| self.rules.number(&RuleKey { policy: policy.id.clone(), direction, at: None }));
         let tier = self.tiers.get(&policy.tier);
         let id = policy.id.clone();
         let numbered = Numbered {
@@ -629,7 +628,8 @@ impl Compiler {
 
     fn make_set(&mut self, key: SetKey) -> u32 {
         let policies = key.policies.iter().filter_map(|&number| self.numbered.get(number).cloned()).collect();
-        let everybody = Peer::Pods { namespaces: NamespaceMatch::Labels(Selector::default()), pods: Selector::default() };
+        let everybody =
+            Peer::Pods { namespaces: NamespaceMatch::Labels(Selector::default()), pods: Selector::default() };
         let universal: Vec<u32> = self.terms.number(&everybody).into_iter().collect();
         let terms = &self.terms;
         let mut set = Set::new(key.clone(), policies, |peer| terms.number(peer), &universal);

@@ -56,7 +56,11 @@ impl Control {
         })))
     }
 
-    pub(crate) fn connection_del(&mut self, filter: &ConnectionFilter, backend: &mut dyn Backend) -> Result<Answer, ApiError> {
+    pub(crate) fn connection_del(
+        &mut self,
+        filter: &ConnectionFilter,
+        backend: &mut dyn Backend,
+    ) -> Result<Answer, ApiError> {
         if *filter == ConnectionFilter::default() {
             return Err(invalid("say which connections: by network, address, port, protocol or state"));
         }
@@ -99,7 +103,7 @@ impl Control {
 /// A protocol's number by its name, or as it is.
 pub(crate) fn protocol_number(name: &str) -> Result<u8, ApiError> {
     let known = [1_u8, 6, 17, 58, 132].into_iter().find(|&number| protocol_name(number) == name);
-    known
-        .or_else(|| name.parse().ok())
-        .ok_or_else(|| invalid(format!("protocol: \"{name}\" is not known: use tcp, udp, sctp, icmp, icmpv6 or a number")))
+    known.or_else(|| name.parse().ok()).ok_or_else(|| {
+        invalid(format!("protocol: \"{name}\" is not known: use tcp, udp, sctp, icmp, icmpv6 or a number"))
+    })
 }

@@ -18,9 +18,9 @@ use super::requests::{action_name, direction_name};
 use super::row::protocol_name;
 use super::set::Numbered;
 use super::store::name_of;
+use crate::Control;
 use crate::checks::invalid;
 use crate::desired::not_found;
-use crate::Control;
 
 /// An end of a connection that was asked about.
 struct End {
@@ -238,7 +238,8 @@ impl Control {
             facts.namespace.as_ref().map(|name| self.policy.compiler.namespace_labels(name)).unwrap_or_default()
         };
         let peer = facts(other).map(|facts| (around(&facts), facts));
-        let peer_facts = PeerFacts { endpoint: peer.as_ref().map(|(labels, facts)| (facts, labels)), address: other.address };
+        let peer_facts =
+            PeerFacts { endpoint: peer.as_ref().map(|(labels, facts)| (facts, labels)), address: other.address };
         let receiver = if direction == Direction::Ingress { facts(own) } else { facts(other) };
         let names: Vec<NamedPort> = receiver.map(|facts| facts.ports).unwrap_or_default();
         let mut at = 0;
@@ -289,10 +290,7 @@ impl Control {
             let first = here[0];
             if !is_passed && first.tier_default == TierDefault::Deny {
                 let names: Vec<String> = here.iter().map(|one| one.policy.id.to_string()).collect();
-                return (
-                    false,
-                    format!("isolated by {}, and no rule of tier {tier} allows it", names.join(", ")),
-                );
+                return (false, format!("isolated by {}, and no rule of tier {tier} allows it", names.join(", ")));
             }
         }
         (true, "no rule matches, and what no rule matches is allowed".to_owned())
@@ -413,7 +411,9 @@ pub(crate) fn pods_text(namespaces: &NamespaceMatch, pods: &Selector) -> String 
 /// Reads what a connection is for.
 fn purpose(text: &str, is_v6: bool) -> Result<Purpose, ApiError> {
     let wrong = || {
-        invalid(format!("port: \"{text}\" is not understood: write tcp/80, udp/53, sctp/7, icmp, icmp/8/0 or a protocol's number"))
+        invalid(format!(
+            "port: \"{text}\" is not understood: write tcp/80, udp/53, sctp/7, icmp, icmp/8/0 or a protocol's number"
+        ))
     };
     let mut words = text.split('/');
     let name = words.next().unwrap_or_default();

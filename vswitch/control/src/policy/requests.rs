@@ -17,7 +17,7 @@ use super::store::{JournalEntry, name_of};
 use crate::backend::{Backend, WorkerSample};
 use crate::checks::{check_unicast, invalid};
 use crate::desired::not_found;
-use crate::{Control, Dirty};
+use crate::{Control, Dirty, Failsafe};
 
 type Applied = Result<Answer, ApiError>;
 
@@ -197,7 +197,11 @@ impl Control {
                 name: name.clone(),
                 identity: identity.0,
                 link: None,
-                network: self.desired.network(spec.network.as_deref()).map(|entry| entry.spec.name.clone()).unwrap_or_default(),
+                network: self
+                    .desired
+                    .network(spec.network.as_deref())
+                    .map(|entry| entry.spec.name.clone())
+                    .unwrap_or_default(),
                 addresses: spec.addresses.clone(),
                 labels: facts.labels.clone(),
                 ports: spec.ports.clone(),
@@ -318,7 +322,8 @@ impl Control {
     /// Ports here that a policy is about.
     fn ports_of<'a>(&'a self, id: &'a PolicyId) -> impl Iterator<Item = PortId> + 'a {
         self.desired.ports.keys().copied().filter(move |&port| {
-            let sets = self.policy.port(port).map_or([None; 2], |(.., identity)| self.policy.compiler.sets_of(identity));
+            let sets =
+                self.policy.port(port).map_or([None; 2], |(.., identity)| self.policy.compiler.sets_of(identity));
             let mut policies = sets.into_iter().flat_map(|set| self.policy.compiler.policies_of(set));
             policies.any(|one| one.policy.id == *id)
         })
@@ -353,8 +358,7 @@ impl Control {
             let kinds = Kind::ALL.map(Kind::name).join(", ");
             invalid(format!("kind: \"{}\" is not known here; known are {kinds}", name.kind))
         })?;
-        let namespace =
-            kind.is_namespaced().then(|| name.namespace.clone().unwrap_or_else(|| "default".to_owned()));
+        let namespace = kind.is_namespaced().then(|| name.namespace.clone().unwrap_or_else(|| "default".to_owned()));
         let id = PolicyId { kind, namespace, name: name.name.clone() };
         if self.policy.objects.contains_key(&id) {
             return Ok(id);
@@ -444,9 +448,10 @@ pub(crate) fn direction_name(direction: Direction) -> &'static str {
 }
 
 /// The policy that keeps ports of this node open, whatever others say.
-pub(crate) fn failsafe(inbound: &[(u8, u16)], outbound: &[(u8, u16)]) -> Option<Policy> {
+pub(crate) fn failsafe(Failsafe { inbound, outbound }: &Failsafe) -> Option<Policy> {
     let rules = |ports: &[(u8, u16)], field: &str| {
-        let port = |&(protocol, port): &(u8, u16)| vswitch_policy::PortMatch::Ports { protocol, first: port, last: port };
+        let port =
+            |&(protocol, port): &(u8, u16)| vswitch_policy::PortMatch::Ports { protocol, first: port, last: port };
         (!ports.is_empty()).then(|| {
             vec![vswitch_policy::Rule {
                 name: Some("failsafe".to_owned()),

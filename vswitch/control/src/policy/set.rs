@@ -127,9 +127,7 @@ impl Set {
         let table = set.zones(prefixes);
         let mut zones = Vec::new();
         for zone in 0..set.by_zone.len() as u32 {
-            let mut usual = |mark: u32, terms: &[u32]| {
-                set.row(RowPeer { class: Class(mark), terms, ports: &[], zone })
-            };
+            let mut usual = |mark: u32, terms: &[u32]| set.row(RowPeer { class: Class(mark), terms, ports: &[], zone });
             let (pods, host, world) = (usual(Class::POD, universal), usual(Class::HOST, &[]), usual(0, &[]));
             zones.push(Usual { pods, host, world });
         }
@@ -218,7 +216,10 @@ impl Set {
         let mut rules = self.rules_for(peer);
         let is_ingress = self.key.direction == Direction::Ingress;
         let is_host = peer.class.is_host();
-        if is_host && is_ingress && self.policies.iter().all(|policy| policy.policy.subject != vswitch_policy::Subject::Host) {
+        if is_host
+            && is_ingress
+            && self.policies.iter().all(|policy| policy.policy.subject != vswitch_policy::Subject::Host)
+        {
             // The node looks after its pods, whatever they say.
             return build(std::iter::empty(), &[]);
         }

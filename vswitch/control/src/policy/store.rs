@@ -244,7 +244,8 @@ impl PolicyStore {
         let facts = endpoint_facts(&spec);
         let identity = self.compiler.acquire(&facts);
         let index = network(spec.network.as_deref());
-        let claims: Vec<_> = index.into_iter().flat_map(|index| spec.addresses.iter().map(move |&at| (index, at))).collect();
+        let claims: Vec<_> =
+            index.into_iter().flat_map(|index| spec.addresses.iter().map(move |&at| (index, at))).collect();
         let entry = Endpoint { spec, facts, identity, claims: claims.clone() };
         let before = self.endpoints.insert(name.clone(), entry);
         for key in before.iter().flat_map(|before| before.claims.iter()).filter(|key| !claims.contains(key)) {
@@ -276,8 +277,7 @@ impl PolicyStore {
 
     /// Ports of a pod have the facts that were told of it.
     fn follow_name(&mut self, name: &EndpointName) {
-        let named: Vec<PortId> =
-            self.ports.iter().filter(|(_, port)| port.name == *name).map(|(&id, _)| id).collect();
+        let named: Vec<PortId> = self.ports.iter().filter(|(_, port)| port.name == *name).map(|(&id, _)| id).collect();
         for id in named {
             let told = self.endpoints.get(name).map(|endpoint| endpoint.facts.clone());
             let Some(port) = self.ports.get_mut(&id) else { continue };
@@ -313,11 +313,7 @@ impl PolicyStore {
 
 /// An object's name in the protocol.
 pub(crate) fn name_of(id: &PolicyId) -> vswitch_api::ObjectName {
-    vswitch_api::ObjectName {
-        kind: id.kind.name().to_owned(),
-        namespace: id.namespace.clone(),
-        name: id.name.clone(),
-    }
+    vswitch_api::ObjectName { kind: id.kind.name().to_owned(), namespace: id.namespace.clone(), name: id.name.clone() }
 }
 
 /// The name of a port's pod.
@@ -343,11 +339,7 @@ fn port_facts(spec: &PortSpec) -> EndpointFacts {
 }
 
 fn endpoint_facts(spec: &EndpointSpec) -> EndpointFacts {
-    EndpointFacts {
-        namespace: spec.namespace.clone(),
-        labels: spec.labels.clone(),
-        ports: named_ports(&spec.ports),
-    }
+    EndpointFacts { namespace: spec.namespace.clone(), labels: spec.labels.clone(), ports: named_ports(&spec.ports) }
 }
 
 fn named_ports(ports: &[vswitch_api::NamedPort]) -> Vec<NamedPort> {

@@ -69,7 +69,7 @@ impl Tuple {
         let is_low = (self.source, self.ports.0) <= (self.destination, self.ports.1);
         let ends = [(self.source, self.ports.0), (self.destination, self.ports.1)];
         let [low, high] = if is_low { ends } else { [ends[1], ends[0]] };
-        let flags = u8::from(self.is_v6) * IS_V6 | u8::from(self.is_echo == Some(is_low)) * LOW_ASKS;
+        let flags = (u8::from(self.is_v6) * IS_V6) | (u8::from(self.is_echo == Some(is_low)) * LOW_ASKS);
         let key = Key {
             low: low.0,
             high: high.0,

@@ -183,16 +183,16 @@ mod tests {
         for round in 0..200 {
             let mut prefixes = BTreeMap::new();
             for zone in 0..1 + random() % 60 {
-                let length = if round % 2 == 0 { (random() % 33) as u8 } else { [8, 16, 24, 32][random() as usize % 4] };
+                let length =
+                    if round % 2 == 0 { (random() % 33) as u8 } else { [8, 16, 24, 32][random() as usize % 4] };
                 // Few bits that differ, so that prefixes hold each other.
                 let bits = (random() & 0x0301_0103).masked(length);
                 prefixes.insert((bits, length), zone + 1);
             }
             let v4 = prefixes.iter().map(|((bits, length), zone)| (Ipv4Addr::from_bits(*bits).into(), *length, *zone));
             let wide = |bits: u32| u128::from(bits) << 96;
-            let v6 = prefixes
-                .iter()
-                .map(|((bits, length), zone)| (Ipv6Addr::from_bits(wide(*bits)).into(), *length, *zone));
+            let v6 =
+                prefixes.iter().map(|((bits, length), zone)| (Ipv6Addr::from_bits(wide(*bits)).into(), *length, *zone));
             let table = Prefixes::new(v4.chain(v6));
             for _ in 0..200 {
                 let address = random() & 0x0301_0103;
