@@ -18,6 +18,101 @@ pub struct Ends {
     pub to: MacAddr,
 }
 
+/// A layer 4 header of a protocol, as it stands before its checksum.
+#[derive(Clone, Copy, Debug)]
+pub enum Layer4 {
+    /// TCP: flags, sequence number, acknowledgement.
+    Tcp {
+        /// FIN 1, SYN 2, RST 4, PSH 8, ACK 16.
+        flags: u8,
+        /// Sequence number.
+        seq: u32,
+        /// Acknowledgement number.
+        ack: u32,
+    },
+    /// UDP.
+    Udp,
+    /// SCTP, with the type of the first chunk.
+    Sctp(u8),
+    /// ICMP or ICMPv6: type, code; the ports are identifier and sequence number.
+    Icmp(u8, u8),
+}
+
+/// An IP packet of any of these protocols, checksums right.
+pub fn packet(
+    ends: Ends,
+    source: &str,
+    destination: &str,
+    ports: (u16, u16),
+    layer4: Layer4,
+    payload: &[u8],
+) -> Vec<u8> {
+    let addresses: (IpAddr, IpAddr) = (source.parse().expect("address"), destination.parse().expect("address"));
+    let is_v6 = addresses.0.is_ipv6();
+    let [s, d] = [ports.0.to_be_bytes(), ports.1.to_be_bytes()];
+    let mut body: Vec<u8> = vec![s[0], s[1], d[0], d[1]];
+    let (protocol, sum_at) = match layer4 {
+        Layer4::Tcp { flags, seq, ack } => {
+            body.extend(seq.to_be_bytes());
+            body.extend(ack.to_be_bytes());
+            // Of a SYN, the option that says how windows are scaled.
+            let has_option = flags & 2 != 0;
+            body.extend([if has_option { 0x60 } else { 0x50 }, flags, 0xff, 0xff, 0, 0, 0, 0]);
+            if has_option {
+                body.extend([3, 3, 7, 0]);
+            }
+            (6, Some(16))
+        }
+        Layer4::Udp => {
+            body.extend((8 + payload.len() as u16).to_be_bytes());
+            body.extend([0, 0]);
+            (17, Some(6))
+        }
+        Layer4::Sctp(chunk) => {
+            body.extend([0, 0, 0, 1, 0, 0, 0, 0, chunk, 0, 0, 4]);
+            (132, None)
+        }
+        Layer4::Icmp(kind, code) => {
+            body.splice(0..0, [kind, code, 0, 0]);
+            (if is_v6 { 58 } else { 1 }, Some(2))
+        }
+    };
+    body.extend(payload);
+    let pseudo = match addresses {
+        (IpAddr::V4(from), IpAddr::V4(to)) if protocol != 1 => {
+            let mut sum = vswitch_net::checksum::sum(&from.octets()) + vswitch_net::checksum::sum(&to.octets());
+            sum += u32::from(protocol) + body.len() as u32;
+            sum
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => vswitch_net::checksum::pseudo_v6(from, to, protocol, body.len() as u32),
+        _ => 0,
+    };
+    if let Some(at) = sum_at {
+        let sum = vswitch_net::checksum::finish(pseudo + vswitch_net::checksum::sum(&body));
+        body[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+    }
+    let caps = ChecksumCapabilities::default();
+    match addresses {
+        (IpAddr::V4(src_addr), IpAddr::V4(dst_addr)) => {
+            let next_header = IpProtocol::from(protocol);
+            let ip = Ipv4Repr { src_addr, dst_addr, next_header, payload_len: body.len(), hop_limit: 64 };
+            let mut bytes = ethernet(ends, EthernetProtocol::Ipv4, 20 + body.len());
+            ip.emit(&mut Ipv4Packet::new_unchecked(&mut bytes[14..]), &caps);
+            bytes[34..].copy_from_slice(&body);
+            bytes
+        }
+        (IpAddr::V6(src_addr), IpAddr::V6(dst_addr)) => {
+            let next_header = IpProtocol::from(protocol);
+            let ip = Ipv6Repr { src_addr, dst_addr, next_header, payload_len: body.len(), hop_limit: 64 };
+            let mut bytes = ethernet(ends, EthernetProtocol::Ipv6, 40 + body.len());
+            ip.emit(&mut Ipv6Packet::new_unchecked(&mut bytes[14..]));
+            bytes[54..].copy_from_slice(&body);
+            bytes
+        }
+        _ => panic!("two families"),
+    }
+}
+
 /// A UDP datagram from port 1000 to 2000, of IPv4 or IPv6 as the addresses are.
 pub fn udp(ends: Ends, source: &str, destination: &str, payload: &[u8]) -> Vec<u8> {
     udp_with(ends, source, destination, (1000, 2000), 64, payload)

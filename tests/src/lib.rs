@@ -8,5 +8,6 @@
 pub mod frames;
 pub mod mem;
 pub mod naive;
+pub mod netpol;
 pub mod pod;
 pub mod twin;

@@ -12,6 +12,7 @@ mod host;
 mod lan;
 mod model;
 mod oracle;
+mod policy_cases;
 mod ports;
 mod precedence;
 mod routed;
