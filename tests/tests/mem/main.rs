@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod bridged;
+mod connections;
 mod control;
 mod floors;
 mod forged;
@@ -12,6 +13,7 @@ mod host;
 mod lan;
 mod model;
 mod oracle;
+mod policy;
 mod policy_cases;
 mod ports;
 mod precedence;

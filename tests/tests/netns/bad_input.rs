@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
+use vswitch_api::MAX_LINE_BYTES;
 
 use serde_json::Value;
 use xtask::lab;
@@ -28,7 +29,8 @@ fn the_control_socket_survives_everything() {
     let Some(mut bench) = bench("sock") else { return };
     let (daemon, _) = node_with_pods(&mut bench, ALONE, 1);
     let before = daemon.ctl(&["port", "list"]).unwrap();
-    let long = vec![b'x'; 10 << 20];
+    let long = vec![b'x'; MAX_LINE_BYTES + 100];
+    let too_long = format!("the line is longer than {MAX_LINE_BYTES} bytes");
     let cases: [(&[u8], bool, &str); 7] = [
         (b"garbage\n", false, "this is no request"),
         (b"\xff\xfe\x00\n", false, "this is no request"),
@@ -36,7 +38,7 @@ fn the_control_socket_survives_everything() {
         (b"{\"version\":9,\"request\":{\"op\":\"status\"}}\n", false, "protocol version 9 is not spoken here"),
         (b"{\"version\":1,\"request\":{\"op\":\"reboot\"}}\n", false, "unknown variant `reboot`"),
         (b"{\"version\":1,\"request\":{\"op\":\"network_del\",\"nmae\":\"x\"}}\n", false, "unknown field `nmae`"),
-        (&long, true, "the line is longer than 1048576 bytes"),
+        (&long, true, &too_long),
     ];
     for (bytes, finish, words) in cases {
         let answer = talk(&daemon, bytes, finish);

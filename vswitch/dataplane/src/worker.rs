@@ -411,12 +411,11 @@ impl<P: PortIo> Worker<P> {
                 out.counters.flow_hits += 1;
             } else {
                 out.counters.flow_misses += 1;
-                let miss = Miss {
-                    meta,
-                    now_ns,
-                    last_seq: flows.last_seq(&meta.key.without_control(), meta.hash),
-                    connections,
-                };
+                let flow = meta.key.without_control();
+                let miss = Miss { meta, now_ns, last_seq: flows.last_seq(&flow, meta.hash), connections };
+                if meta.is_syn {
+                    flows.forget(&flow, meta.hash);
+                }
                 if let Some((action, admitted)) = miss.decide(&mut slot.packet, &mut out, events) {
                     slot.action = Some(action);
                     if admitted.is_lasting && is_cacheable(meta) {

@@ -158,6 +158,16 @@ impl FlowTable {
         (entry.is_used && entry.key == *key).then_some(entry.seq)
     }
 
+    /// Forgets a flow, if it is here: its connection begins anew.
+    pub(crate) fn forget(&mut self, key: &FlowKey, hash: u64) {
+        if let Some(at) = self.find(hash)
+            && self.entries[at].key == *key
+        {
+            self.entries[at] = UNUSED;
+            self.tags[at / WAYS][at % WAYS] = 0;
+        }
+    }
+
     /// Stores a decision, in the flow's old place if it had one, and counts its packet. `window_bits` is
     /// [`NO_WINDOW`] for what has no sequence numbers.
     pub(crate) fn insert(&mut self, hash: u64, probe: &Probe<'_>, action: Action, window_bits: u8) {
