@@ -16,6 +16,8 @@ use vswitch_dataplane::{
 use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, MacAddr, NetworkIndex, PeerIndex, PortId, Vni, checksum};
 use vswitch_xsk::{Packet, TxChecksum, Umem};
 
+use crate::policies::Policies;
+
 const UPLINK: PortId = PortId(0);
 const POD: PortId = PortId(1);
 const OTHER_POD: PortId = PortId(2);
@@ -86,6 +88,15 @@ impl Rig {
     ///
     /// If the packets do not all come out at the other end.
     pub fn new(way: Way, flows: usize) -> Rig {
+        Rig::with_policy(way, flows, None)
+    }
+
+    /// The same, both pods under policies that a compiler has made; it knows them by their addresses.
+    ///
+    /// # Panics
+    ///
+    /// If the packets do not all come out at the other end.
+    pub fn with_policy(way: Way, flows: usize, policies: Option<&Policies>) -> Rig {
         let umem = Umem::new(1024).expect("memory");
         let config = WorkerConfig { flow_entries: (flows * 4).max(1024), seed: 0x9d3c_77a1, idle_turns: u32::MAX };
         let connections = Connections::new(ConnectionConfig { seed: 0x77aa, ..ConnectionConfig::default() });
@@ -100,6 +111,9 @@ impl Rig {
             worker.insert_port(port, Memory { packets, ..Memory::default() });
         }
         let mut rig = Rig { worker, snapshot: snapshot(), now_ns: 1 };
+        if let Some(policies) = policies {
+            policies.hold(&mut rig.snapshot, [POD, OTHER_POD]);
+        }
         let turns = flows.div_ceil(BURST) * 2;
         (0..turns).for_each(|_| rig.turn());
         let sent = rig.worker.port(to).map_or(0, |port| port.sent);
@@ -131,7 +145,7 @@ impl Rig {
     }
 }
 
-fn snapshot() -> Snapshot {
+pub(crate) fn snapshot() -> Snapshot {
     let access = |number: usize| {
         let address: IpAddr = Ipv4Addr::new(10, 1, 0, number as u8).into();
         let access = Access::new(NETWORK, MACS[number], vec![address], SenderCheck::Full);
@@ -205,7 +219,8 @@ fn udp(from: MacAddr, source: [u8; 4], destination: [u8; 4], flow: usize) -> Vec
     packet[34..36].copy_from_slice(&((flow % 50_000) as u16 + 1024).to_be_bytes());
     packet[36..38].copy_from_slice(&((flow / 50_000) as u16 + 80).to_be_bytes());
     packet[38..40].copy_from_slice(&30_u16.to_be_bytes());
-    packet[40..42].copy_from_slice(&[0xab, 0xcd]);
+    let segment = checksum::sum(&packet[34..]) + checksum::sum(&packet[26..34]) + 17 + 30;
+    packet[40..42].copy_from_slice(&checksum::finish_udp(segment).to_be_bytes());
     packet
 }
 

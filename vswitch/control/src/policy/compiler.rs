@@ -25,12 +25,13 @@ use std::sync::Arc;
 use vswitch_dataplane::table::policy::{Class, Classes, RuleId, Subject};
 use vswitch_net::NetworkIndex;
 use vswitch_policy::{
-    Direction, EndpointFacts, Labels, NamedPort, NamespaceMatch, Peer, Policy, PolicyId, PortMatch, Selector, Tier,
-    TierDefault, builtin_tiers,
+    Direction, EndpointFacts, Labels, NamedPort, Peer, Policy, PolicyId, PortMatch, Tier, TierDefault, builtin_tiers,
 };
 
+use super::anchor::{Anchors, Filed};
 use super::rules::{RuleKey, RuleNumbers};
-use super::set::{Numbered, RowPeer, Set, SetKey};
+use super::set::{Numbered, Set, SetKey};
+use super::slab::{Interner, Slab};
 
 /// The number of an identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -48,60 +49,65 @@ pub enum Owner {
 /// The compiler.
 #[derive(Debug, Default)]
 pub struct Compiler {
-    tiers: BTreeMap<String, Tier>,
-    policies: BTreeMap<PolicyId, u32>,
-    numbered: Slab<Arc<Numbered>>,
-    namespaces: BTreeMap<String, Labels>,
-    terms: Interner<Peer>,
+    pub(super) tiers: BTreeMap<String, Tier>,
+    pub(super) policies: BTreeMap<PolicyId, u32>,
+    pub(super) numbered: Slab<Arc<Numbered>>,
+    pub(super) namespaces: BTreeMap<String, Labels>,
+    pub(super) terms: Interner<Peer>,
+    /// Terms, policies by their subjects, and identities, by what they ask for or have.
+    pub(super) filed_terms: Filed,
+    pub(super) filed_policies: Filed,
+    pub(super) filed_identities: Filed,
     /// Names of ports that rules for egress ask for, and by how many rules.
-    port_names: BTreeMap<String, usize>,
-    identities: Slab<Identity>,
-    by_facts: HashMap<EndpointFacts, IdentityId>,
-    classes: Slab<ClassEntry>,
-    by_looks: HashMap<Looks, u32>,
-    sets: Slab<Set>,
-    by_key: HashMap<SetKey, u32>,
+    pub(super) port_names: BTreeMap<String, usize>,
+    pub(super) identities: Slab<Identity>,
+    pub(super) by_facts: HashMap<EndpointFacts, IdentityId>,
+    pub(super) classes: Slab<ClassEntry>,
+    pub(super) by_looks: HashMap<Looks, u32>,
+    pub(super) sets: Slab<Set>,
+    pub(super) by_key: HashMap<SetKey, u32>,
     /// Sets that name a term.
-    sets_of_term: HashMap<u32, BTreeSet<u32>>,
-    classes_of_term: HashMap<u32, BTreeSet<u32>>,
-    addresses: BTreeMap<(NetworkIndex, IpAddr), Owner>,
+    pub(super) sets_of_term: HashMap<u32, BTreeSet<u32>>,
+    pub(super) classes_of_term: HashMap<u32, BTreeSet<u32>>,
+    pub(super) addresses: BTreeMap<(NetworkIndex, IpAddr), Owner>,
     /// Sets of this node's own stack: ingress, egress, and the same for what it forwards.
-    host_sets: [Option<u32>; 4],
-    table: Classes,
+    pub(super) host_sets: [Option<u32>; 4],
+    pub(super) table: Classes,
     pub(crate) rules: RuleNumbers,
 }
 
 #[derive(Debug)]
-struct Identity {
-    facts: EndpointFacts,
-    users: usize,
-    terms: BTreeSet<u32>,
+pub(super) struct Identity {
+    pub(super) facts: EndpointFacts,
+    pub(super) users: usize,
+    pub(super) terms: BTreeSet<u32>,
     /// Policies whose subject it is.
-    policies: BTreeSet<u32>,
-    class: u32,
+    pub(super) policies: BTreeSet<u32>,
+    pub(super) class: u32,
     /// Ingress, then egress.
-    sets: [Option<u32>; 2],
+    pub(super) sets: [Option<u32>; 2],
 }
 
 /// What an identity looks like to rules.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Looks {
-    is_pod: bool,
-    terms: Vec<u32>,
-    ports: Vec<NamedPort>,
+pub(super) struct Looks {
+    pub(super) is_pod: bool,
+    pub(super) terms: Vec<u32>,
+    pub(super) ports: Vec<NamedPort>,
 }
 
 #[derive(Debug)]
-struct ClassEntry {
-    looks: Looks,
-    users: usize,
-    addresses: BTreeSet<(NetworkIndex, IpAddr)>,
+pub(super) struct ClassEntry {
+    pub(super) looks: Looks,
+    /// The identities that look like this.
+    pub(super) identities: BTreeSet<u32>,
+    pub(super) addresses: BTreeSet<(NetworkIndex, IpAddr)>,
 }
 
 /// The tier of the ports that no policy closes.
 pub(crate) const FAILSAFE: &str = "failsafe";
 
-const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
+pub(super) const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 
 /// The one class of this node's own addresses.
 const HOST_CLASS: Class = Class(Class::HOST);
@@ -157,6 +163,7 @@ impl Compiler {
             names_changed |= self.count_names(&policy, true);
             for peer in peers(&policy) {
                 if let Some(term) = self.terms.acquire(peer) {
+                    self.filed_terms.insert(&Anchors::of_peer(peer), term);
                     terms.push(term);
                 }
             }
@@ -167,8 +174,10 @@ impl Compiler {
             let Some(numbered) = self.numbered.remove(number) else { continue };
             let policy = &numbered.policy;
             names_changed |= self.count_names(policy, false);
+            self.filed_policies.remove(&Anchors::of_subject(&policy.subject), number);
             for peer in peers(policy) {
                 if let Some(term) = self.terms.release(peer) {
+                    self.filed_terms.remove(&Anchors::of_peer(peer), term);
                     self.forget_term(term);
                 }
             }
@@ -207,16 +216,21 @@ impl Compiler {
             Some(labels) => self.namespaces.insert(name.to_owned(), labels),
             None => self.namespaces.remove(name),
         };
-        if self.namespace_labels(name) == before {
+        let after = self.namespace_labels(name);
+        if after == before {
             return;
         }
-        let of_namespace: Vec<u32> = self
+        let of_namespace: Vec<(u32, EndpointFacts)> = self
             .identities
             .iter()
             .filter(|(_, identity)| identity.facts.namespace.as_deref() == Some(name))
-            .map(|(number, _)| number)
+            .map(|(number, identity)| (number, identity.facts.clone()))
             .collect();
-        of_namespace.into_iter().for_each(|identity| self.look_at(identity));
+        for (number, facts) in of_namespace {
+            self.filed_identities.remove(&Anchors::of_endpoint(&facts, &before), number);
+            self.filed_identities.insert(&Anchors::of_endpoint(&facts, &after), number);
+            self.look_at(number);
+        }
     }
 
     /// The labels of a namespace.
@@ -243,6 +257,8 @@ impl Compiler {
         };
         let number = self.identities.insert(identity);
         self.by_facts.insert(facts.clone(), IdentityId(number));
+        let labels = self.labels_around(facts);
+        self.filed_identities.insert(&Anchors::of_endpoint(facts, &labels), number);
         self.look_at(number);
         IdentityId(number)
     }
@@ -255,8 +271,10 @@ impl Compiler {
             return;
         }
         let Some(identity) = self.identities.remove(id.0) else { return };
+        let labels = self.labels_around(&identity.facts);
+        self.filed_identities.remove(&Anchors::of_endpoint(&identity.facts, &labels), id.0);
         self.by_facts.remove(&identity.facts);
-        self.leave_class(identity.class);
+        self.leave_class(identity.class, id.0);
         identity.sets.into_iter().flatten().for_each(|set| self.leave_set(set));
     }
 
@@ -350,6 +368,7 @@ impl Compiler {
             DIRECTIONS.map(|direction| self.rules.number(&RuleKey { policy: policy.id.clone(), direction, at: None }));
         let tier = self.tiers.get(&policy.tier);
         let id = policy.id.clone();
+        let anchors = Anchors::of_subject(&policy.subject);
         let numbered = Numbered {
             tier_order: tier.map_or(0, |tier| tier.order),
             tier_default: tier.map_or(TierDefault::Deny, |tier| tier.default),
@@ -358,6 +377,7 @@ impl Compiler {
             defaults,
         };
         let number = self.numbered.insert(Arc::new(numbered));
+        self.filed_policies.insert(&anchors, number);
         self.policies.insert(id, number);
         number
     }
@@ -378,298 +398,6 @@ impl Compiler {
         is_changed
     }
 
-    /// Has all identities look at policies that went or came, and at selectors that came.
-    fn look_at_identities(&mut self, gone: &[u32], come: &[u32], terms: &[u32]) {
-        let all: Vec<u32> = self.identities.keys().collect();
-        let come: Vec<(u32, Arc<Numbered>)> =
-            come.iter().filter_map(|&number| Some((number, self.numbered.get(number)?.clone()))).collect();
-        let terms: Vec<(u32, Peer)> =
-            terms.iter().filter_map(|&term| Some((term, self.terms.get(term)?.clone()))).collect();
-        for number in all {
-            let Some(identity) = self.identities.get(number) else { continue };
-            let labels = self.labels_around(&identity.facts);
-            let facts = &identity.facts;
-            let new_policies: Vec<u32> = come
-                .iter()
-                .filter(|(_, one)| one.policy.subject.selects(facts, &labels))
-                .map(|(number, _)| *number)
-                .collect();
-            let new_terms: Vec<u32> =
-                terms.iter().filter(|(_, peer)| peer.selects(facts, &labels)).map(|(term, _)| *term).collect();
-            let is_left = gone.iter().any(|gone| identity.policies.contains(gone));
-            if new_policies.is_empty() && new_terms.is_empty() && !is_left {
-                continue;
-            }
-            let Some(identity) = self.identities.get_mut(number) else { continue };
-            identity.policies.retain(|policy| !gone.contains(policy));
-            identity.policies.extend(&new_policies);
-            identity.terms.extend(&new_terms);
-            if !new_terms.is_empty() {
-                self.settle_class(number);
-            }
-            if is_left || !new_policies.is_empty() {
-                self.settle_sets(number);
-            }
-        }
-        self.settle_host();
-    }
-
-    /// Looks at an identity from scratch.
-    fn look_at(&mut self, number: u32) {
-        let Some(identity) = self.identities.get(number) else { return };
-        let labels = self.labels_around(&identity.facts);
-        let facts = &identity.facts;
-        let terms = self.terms.iter().filter(|(_, peer)| peer.selects(facts, &labels)).map(|(term, _)| term).collect();
-        let selected = self.numbered.iter().filter(|(_, one)| one.policy.subject.selects(facts, &labels));
-        let policies = selected.map(|(number, _)| number).collect();
-        if let Some(identity) = self.identities.get_mut(number) {
-            (identity.terms, identity.policies) = (terms, policies);
-        }
-        self.settle_class(number);
-        self.settle_sets(number);
-    }
-
-    fn labels_around(&self, facts: &EndpointFacts) -> Labels {
-        facts.namespace.as_ref().map(|namespace| self.namespace_labels(namespace)).unwrap_or_default()
-    }
-
-    /// Puts an identity into the class of what it looks like.
-    fn settle_class(&mut self, number: u32) {
-        let Some(identity) = self.identities.get(number) else { return };
-        let asked = |port: &&NamedPort| self.port_names.contains_key(&port.name);
-        let looks = Looks {
-            is_pod: identity.facts.namespace.is_some(),
-            terms: identity.terms.iter().copied().collect(),
-            ports: identity.facts.ports.iter().filter(asked).cloned().collect(),
-        };
-        let before = identity.class;
-        if self.classes.get(before).is_some_and(|class| class.looks == looks) {
-            return;
-        }
-        let class = match self.by_looks.get(&looks) {
-            Some(&known) => known,
-            None => self.make_class(looks),
-        };
-        if let Some(entry) = self.classes.get_mut(class) {
-            entry.users += 1;
-        }
-        if let Some(identity) = self.identities.get_mut(number) {
-            identity.class = class;
-        }
-        // Its addresses go with it.
-        let owner = Owner::Identity(IdentityId(number));
-        let of_before = self.classes.get(before).map(|class| class.addresses.clone()).unwrap_or_default();
-        for key in of_before {
-            if self.addresses.get(&key) == Some(&owner) {
-                if let Some(class) = self.classes.get_mut(before) {
-                    class.addresses.remove(&key);
-                }
-                self.enter_address(class, key);
-            }
-        }
-        self.leave_class(before);
-    }
-
-    fn make_class(&mut self, looks: Looks) -> u32 {
-        let entry = ClassEntry { looks: looks.clone(), users: 0, addresses: BTreeSet::new() };
-        let class = self.classes.insert(entry);
-        for &term in &looks.terms {
-            self.classes_of_term.entry(term).or_default().insert(class);
-        }
-        self.by_looks.insert(looks, class);
-        class
-    }
-
-    /// An address of a class: sets that name one of its terms get a row for it.
-    fn enter_address(&mut self, class: u32, key: (NetworkIndex, IpAddr)) {
-        let Some(entry) = self.classes.get_mut(class) else { return };
-        entry.addresses.insert(key);
-        let number = class_number(class, entry);
-        let looks = entry.looks.clone();
-        self.table.insert(key.0, key.1, number);
-        let sets: BTreeSet<u32> =
-            looks.terms.iter().filter_map(|term| self.sets_of_term.get(term)).flatten().copied().collect();
-        for set in sets {
-            if let Some(set) = self.sets.get_mut(set) {
-                let zone = set.zone(key.1);
-                set.ensure(RowPeer { class: number, terms: &looks.terms, ports: &looks.ports, zone });
-            }
-        }
-        if !looks.ports.is_empty() {
-            // Rules for everybody may ask for names of ports.
-            self.name_ports(number, &looks, key.1);
-        }
-    }
-
-    /// Rows of a class whose ports have names, in all sets whose rules may ask for them.
-    fn name_ports(&mut self, number: Class, looks: &Looks, address: IpAddr) {
-        for (_, set) in self.sets.iter_mut() {
-            if set.asks_for_names() {
-                let zone = set.zone(address);
-                set.ensure(RowPeer { class: number, terms: &looks.terms, ports: &looks.ports, zone });
-            }
-        }
-    }
-
-    fn leave_class(&mut self, class: u32) {
-        let Some(entry) = self.classes.get_mut(class) else { return };
-        entry.users -= 1;
-        if entry.users > 0 {
-            return;
-        }
-        let Some(entry) = self.classes.remove(class) else { return };
-        self.by_looks.remove(&entry.looks);
-        let number = class_number(class, &entry);
-        let mut sets = BTreeSet::new();
-        for term in &entry.looks.terms {
-            if let Some(classes) = self.classes_of_term.get_mut(term) {
-                classes.remove(&class);
-            }
-            sets.extend(self.sets_of_term.get(term).into_iter().flatten().copied());
-        }
-        if !entry.looks.ports.is_empty() {
-            sets.extend(self.sets.iter().filter(|(_, set)| set.asks_for_names()).map(|(number, _)| number));
-        }
-        for set in sets {
-            if let Some(set) = self.sets.get_mut(set) {
-                set.remove(number);
-            }
-        }
-    }
-
-    /// No rule names it any more. Identities forget it, and may look like others now.
-    fn forget_term(&mut self, term: u32) {
-        let all: Vec<u32> = self
-            .identities
-            .iter_mut()
-            .filter_map(|(number, identity)| identity.terms.remove(&term).then_some(number))
-            .collect();
-        all.into_iter().for_each(|identity| self.settle_class(identity));
-        self.classes_of_term.remove(&term);
-        self.sets_of_term.remove(&term);
-    }
-
-    /// Gives an identity the sets of its policies.
-    fn settle_sets(&mut self, number: u32) {
-        for (at, direction) in DIRECTIONS.into_iter().enumerate() {
-            let Some(identity) = self.identities.get(number) else { return };
-            let policies: Vec<u32> = identity.policies.iter().copied().collect();
-            let key = self.set_key(direction, policies, &identity.facts.ports);
-            let before = identity.sets[at];
-            let now = key.map(|key| self.enter_set(key));
-            if let Some(identity) = self.identities.get_mut(number) {
-                identity.sets[at] = now;
-            }
-            before.into_iter().for_each(|set| self.leave_set(set));
-        }
-    }
-
-    /// The sets of this node's own stack.
-    fn settle_host(&mut self) {
-        let of_host = |is_forwarded: bool| {
-            let is_meant = move |policy: &Policy| {
-                policy.subject == vswitch_policy::Subject::Host && (!is_forwarded || policy.applies_on_forward)
-            };
-            self.numbered.iter().filter(move |(_, one)| is_meant(&one.policy)).map(|(number, _)| number)
-        };
-        // What is about to go is not among those that have names.
-        let live: BTreeSet<u32> = self.policies.values().copied().collect();
-        let wanted = [false, true].map(|is_forwarded| {
-            let mut all: Vec<u32> = of_host(is_forwarded).filter(|number| live.contains(number)).collect();
-            let is_failsafe = |number: &u32| self.numbered.get(*number).is_some_and(|one| one.policy.tier == FAILSAFE);
-            if all.iter().all(is_failsafe) {
-                // There is nothing that it must be safe from.
-                all.clear();
-            }
-            DIRECTIONS.map(|direction| self.set_key(direction, all.clone(), &[]))
-        });
-        let before = self.host_sets;
-        let [[ingress, egress], [forwarded_in, forwarded_out]] = wanted;
-        self.host_sets = [ingress, egress, forwarded_in, forwarded_out].map(|key| key.map(|key| self.enter_set(key)));
-        before.into_iter().flatten().for_each(|set| self.leave_set(set));
-    }
-
-    /// The key of a set; none if no policy speaks of the direction.
-    fn set_key(&self, direction: Direction, policies: Vec<u32>, ports: &[NamedPort]) -> Option<SetKey> {
-        let mut ordered: Vec<(i64, &str, i64, &PolicyId, u32)> = Vec::new();
-        let mut names = BTreeSet::new();
-        for number in policies {
-            let Some(one) = self.numbered.get(number) else { continue };
-            let Some(rules) = one.policy.rules(direction) else { continue };
-            ordered.push((one.tier_order, &one.policy.tier, one.policy.order, &one.policy.id, number));
-            for port in rules.iter().flat_map(|rule| rule.ports.iter().flatten()) {
-                if let PortMatch::Named { name, .. } = port {
-                    names.insert(name.as_str());
-                }
-            }
-        }
-        if ordered.is_empty() {
-            return None;
-        }
-        ordered.sort();
-        let is_asked = |port: &&NamedPort| direction == Direction::Ingress && names.contains(port.name.as_str());
-        Some(SetKey {
-            direction,
-            policies: ordered.into_iter().map(|(.., number)| number).collect(),
-            ports: ports.iter().filter(is_asked).cloned().collect(),
-        })
-    }
-
-    fn enter_set(&mut self, key: SetKey) -> u32 {
-        let number = match self.by_key.get(&key) {
-            Some(&known) => known,
-            None => self.make_set(key),
-        };
-        if let Some(set) = self.sets.get_mut(number) {
-            set.users += 1;
-        }
-        number
-    }
-
-    fn make_set(&mut self, key: SetKey) -> u32 {
-        let policies = key.policies.iter().filter_map(|&number| self.numbered.get(number).cloned()).collect();
-        let everybody =
-            Peer::Pods { namespaces: NamespaceMatch::Labels(Selector::default()), pods: Selector::default() };
-        let universal: Vec<u32> = self.terms.number(&everybody).into_iter().collect();
-        let terms = &self.terms;
-        let mut set = Set::new(key.clone(), policies, |peer| terms.number(peer), &universal);
-        // Those that only "every pod" means have the usual row.
-        let named: Vec<u32> = set.terms().filter(|term| !universal.contains(term)).collect();
-        let mut classes: BTreeSet<u32> =
-            named.iter().filter_map(|term| self.classes_of_term.get(term)).flatten().copied().collect();
-        if set.asks_for_names() {
-            classes.extend(self.classes.iter().filter(|(_, class)| !class.looks.ports.is_empty()).map(|(at, _)| at));
-        }
-        for class in classes {
-            let Some(entry) = self.classes.get(class) else { continue };
-            let zones: BTreeSet<u32> = entry.addresses.iter().map(|(_, address)| set.zone(*address)).collect();
-            let number = class_number(class, entry);
-            let Looks { terms, ports, .. } = &entry.looks;
-            zones.into_iter().for_each(|zone| set.ensure(RowPeer { class: number, terms, ports, zone }));
-        }
-        let number = self.sets.insert(set);
-        for term in named {
-            self.sets_of_term.entry(term).or_default().insert(number);
-        }
-        self.by_key.insert(key, number);
-        number
-    }
-
-    fn leave_set(&mut self, number: u32) {
-        let Some(set) = self.sets.get_mut(number) else { return };
-        set.users -= 1;
-        if set.users > 0 {
-            return;
-        }
-        let Some(set) = self.sets.remove(number) else { return };
-        self.by_key.remove(set.key());
-        for term in set.terms() {
-            if let Some(sets) = self.sets_of_term.get_mut(&term) {
-                sets.remove(&number);
-            }
-        }
-    }
-
     fn class_of_owner(&self, owner: Option<Owner>) -> Option<u32> {
         match owner? {
             Owner::Identity(id) => self.identities.get(id.0).map(|identity| identity.class),
@@ -685,126 +413,9 @@ fn all_tiers(own: Vec<Tier>) -> BTreeMap<String, Tier> {
     tiers.map(|tier| (tier.name.clone(), tier)).collect()
 }
 
-/// The number of a class in the data path.
-fn class_number(class: u32, entry: &ClassEntry) -> Class {
-    // Zero is nobody's.
-    Class((class + 1) | if entry.looks.is_pod { Class::POD } else { 0 })
-}
-
 /// All peers of a policy that are no prefixes.
 fn peers(policy: &Policy) -> impl Iterator<Item = &Peer> {
     let rules = policy.ingress.iter().flatten().chain(policy.egress.iter().flatten());
     let peers = rules.flat_map(|rule| rule.peers.iter().flatten());
     peers.filter(|peer| !matches!(peer, Peer::Cidr { .. }))
-}
-
-/// Values by number; numbers of values that are gone are given out again.
-#[derive(Debug)]
-struct Slab<T> {
-    items: Vec<Option<T>>,
-    free: Vec<u32>,
-}
-
-impl<T> Default for Slab<T> {
-    fn default() -> Self {
-        Slab { items: Vec::new(), free: Vec::new() }
-    }
-}
-
-impl<T> Slab<T> {
-    fn insert(&mut self, item: T) -> u32 {
-        match self.free.pop() {
-            Some(number) => {
-                self.items[number as usize] = Some(item);
-                number
-            }
-            None => {
-                self.items.push(Some(item));
-                self.items.len() as u32 - 1
-            }
-        }
-    }
-
-    fn remove(&mut self, number: u32) -> Option<T> {
-        let item = self.items.get_mut(number as usize)?.take()?;
-        self.free.push(number);
-        Some(item)
-    }
-
-    fn get(&self, number: u32) -> Option<&T> {
-        self.items.get(number as usize)?.as_ref()
-    }
-
-    fn get_mut(&mut self, number: u32) -> Option<&mut T> {
-        self.items.get_mut(number as usize)?.as_mut()
-    }
-
-    fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
-        self.items.iter().enumerate().filter_map(|(at, item)| Some((at as u32, item.as_ref()?)))
-    }
-
-    fn iter_mut(&mut self) -> impl Iterator<Item = (u32, &mut T)> {
-        self.items.iter_mut().enumerate().filter_map(|(at, item)| Some((at as u32, item.as_mut()?)))
-    }
-
-    fn keys(&self) -> impl Iterator<Item = u32> {
-        self.iter().map(|(number, _)| number)
-    }
-
-    fn len(&self) -> usize {
-        self.items.len() - self.free.len()
-    }
-}
-
-/// Values that are shared, by number.
-#[derive(Debug)]
-struct Interner<T> {
-    items: Slab<(T, usize)>,
-    numbers: HashMap<T, u32>,
-}
-
-impl<T> Default for Interner<T> {
-    fn default() -> Self {
-        Interner { items: Slab::default(), numbers: HashMap::new() }
-    }
-}
-
-impl<T: Clone + Eq + std::hash::Hash> Interner<T> {
-    /// One more user; the number, if the value is new.
-    fn acquire(&mut self, value: &T) -> Option<u32> {
-        if let Some(&number) = self.numbers.get(value) {
-            if let Some((_, users)) = self.items.get_mut(number) {
-                *users += 1;
-            }
-            return None;
-        }
-        let number = self.items.insert((value.clone(), 1));
-        self.numbers.insert(value.clone(), number);
-        Some(number)
-    }
-
-    /// One user less; the number, if it was the last.
-    fn release(&mut self, value: &T) -> Option<u32> {
-        let number = *self.numbers.get(value)?;
-        let (_, users) = self.items.get_mut(number)?;
-        *users -= 1;
-        if *users > 0 {
-            return None;
-        }
-        self.items.remove(number);
-        self.numbers.remove(value);
-        Some(number)
-    }
-
-    fn number(&self, value: &T) -> Option<u32> {
-        self.numbers.get(value).copied()
-    }
-
-    fn get(&self, number: u32) -> Option<&T> {
-        self.items.get(number).map(|(value, _)| value)
-    }
-
-    fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
-        self.items.iter().map(|(number, (value, _))| (number, value))
-    }
 }

@@ -3,6 +3,7 @@
 //! Objects and endpoints are kept as they came ([`store`]), compiled change by change ([`compiler`]), asked about
 //! ([`explain`]), and told of ([`observe`]).
 
+mod anchor;
 mod compiler;
 mod connections;
 mod explain;
@@ -11,6 +12,8 @@ mod requests;
 mod row;
 mod rules;
 mod set;
+mod settle;
+mod slab;
 mod store;
 
 pub use compiler::{Compiler, IdentityId, Owner};

@@ -143,7 +143,7 @@ impl Connections {
         if self.count.load(Ordering::Relaxed) >= self.config.limit && !self.make_room(shard, hash) {
             return false;
         }
-        shard.insert(hash, entry, self.config.seed);
+        shard.insert(hash, entry);
         self.count.fetch_add(1, Ordering::Relaxed);
         true
     }

@@ -62,7 +62,8 @@ pub(crate) struct End {
 /// A part of the table.
 #[derive(Debug)]
 pub(crate) struct Shard {
-    index: HashTable<u32>,
+    /// Places, each with half of its key's hash, so that growing touches no entry.
+    index: HashTable<(u32, u32)>,
     chunks: Vec<Box<[Entry; CHUNK]>>,
     free: u32,
     /// Those without an answer: oldest and newest.
@@ -107,7 +108,9 @@ impl Entry {
 impl Shard {
     #[inline]
     pub(crate) fn find(&self, hash: u64, key: &Key) -> Option<u32> {
-        self.index.find(hash, |&at| self.get(at).key == *key).copied()
+        let half = half(hash);
+        let found = self.index.find(whole(half), |&(at, other)| other == half && self.get(at).key == *key);
+        found.map(|&(at, _)| at)
     }
 
     #[inline]
@@ -121,7 +124,7 @@ impl Shard {
     }
 
     /// Puts a connection in whose key is not there; it is in the list of those without an answer.
-    pub(crate) fn insert(&mut self, hash: u64, entry: Entry, seed: u64) {
+    pub(crate) fn insert(&mut self, hash: u64, entry: Entry) {
         if self.free == END {
             self.grow(entry);
         }
@@ -131,15 +134,14 @@ impl Shard {
         if !entry.is_replied {
             self.list(at);
         }
-        let chunks = &self.chunks;
-        let key_of = |at: u32| chunks[at as usize / CHUNK][at as usize % CHUNK].key;
-        self.index.insert_unique(hash, at, |&at| key_of(at).hash(seed));
+        let half = half(hash);
+        self.index.insert_unique(whole(half), (at, half), |&(_, half)| whole(half));
     }
 
     pub(crate) fn remove(&mut self, at: u32, seed: u64) {
         self.unlist(at);
-        let hash = self.get(at).key.hash(seed);
-        if let Ok(found) = self.index.find_entry(hash, |&other| other == at) {
+        let half = half(self.get(at).key.hash(seed));
+        if let Ok(found) = self.index.find_entry(whole(half), |&(other, _)| other == at) {
             found.remove();
         }
         let free = self.free;
@@ -212,6 +214,16 @@ impl Shard {
     }
 }
 
+/// The half of a hash that the index keeps; the other half has chosen the shard.
+fn half(hash: u64) -> u32 {
+    hash as u32
+}
+
+/// A hash of the index: it takes the lowest bits for the slot and the highest for the tag.
+fn whole(half: u32) -> u64 {
+    u64::from(half) << 32 | u64::from(half)
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -255,7 +267,7 @@ mod tests {
             assert_eq!(found.is_some(), map.contains_key(&number));
             match ((state >> 33) % 4, found) {
                 (0 | 1, None) => {
-                    shard.insert(hash, one, SEED);
+                    shard.insert(hash, one);
                     map.insert(number, turn);
                     waiting.push(number);
                 }
