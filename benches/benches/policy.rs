@@ -15,9 +15,12 @@ const NETWORK: NetworkIndex = NetworkIndex(0);
 const RULES: [usize; 3] = [10, 1_000, 100_000];
 const FLOWS: usize = 10_000;
 
-/// One direction of one connection: class of the peer, then the verdict. Peers come in no order.
+/// One direction of one connection: class of the peer, then the verdict. `hot` asks for ten peers, spread over the rules, as
+/// a few connections at a time do; `all` for every rule's in no order, which asks the caches more than the tables.
 fn lookups(criterion: &mut Criterion) {
-    for (name, by) in [("labels", By::Labels), ("prefixes", By::Prefixes)] {
+    let cases = [("labels/hot", By::Labels, 10), ("labels/all", By::Labels, usize::MAX)];
+    let prefixes = [("prefixes/hot", By::Prefixes, 10), ("prefixes/all", By::Prefixes, usize::MAX)];
+    for (name, by, peers) in cases.into_iter().chain(prefixes) {
         let mut group = criterion.benchmark_group(format!("policy/lookup/{name}"));
         group.throughput(Throughput::Elements(1));
         for rules in RULES {
@@ -25,11 +28,13 @@ fn lookups(criterion: &mut Criterion) {
             let subject = policies.compiler.subject(policies.subject);
             let set = subject.ingress.expect("policies for ingress");
             let classes = policies.compiler.classes();
+            let count = rules.min(peers);
+            let asked: Vec<_> = (0..count).map(|at| policies.peers[at * (rules / count)]).collect();
             let mut at = 0;
             group.bench_function(rules.to_string(), |bencher| {
                 bencher.iter(|| {
-                    at = (at + 7919) % rules;
-                    let peer = black_box(policies.peers[at]);
+                    at = (at + 7919) % count;
+                    let peer = black_box(asked[at]);
                     set.judge(classes.lookup(NETWORK, peer), peer, 17, 85)
                 });
             });

@@ -117,7 +117,9 @@ pub(crate) fn admit(passage: &Passage<'_>) -> Result<Admitted, Refused> {
     let from = End { subject: sender.filter(|_| !is_own), address: source };
     let to = End { subject: receiver.filter(|_| !is_own), address: destination };
     let is_policed = from.is_policed() || to.is_policed();
-    if is_policed && !is_checksum_right(passage) {
+    // What changes nothing is its receiver's to check.
+    let is_change = meta.is_control || icmp::is_error(meta);
+    if is_policed && is_change && !is_checksum_right(passage) {
         return Err(DropReason::BadChecksum.into());
     }
     if icmp::is_error(meta) {
@@ -210,6 +212,9 @@ fn follow<'a>(
         connections.remove(&mut shard, at);
     }
     // Nothing is known of it.
+    if is_policed && !is_checksum_right(passage) {
+        return Err(DropReason::BadChecksum.into());
+    }
     let begins = match (tuple.is_echo, &segment, meta.protocol) {
         (Some(asks), ..) => asks,
         (_, Some(segment), _) => segment.flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN,

@@ -84,6 +84,7 @@ pub(super) struct Identity {
     /// Policies whose subject it is.
     pub(super) policies: BTreeSet<u32>,
     pub(super) class: u32,
+    pub(super) addresses: BTreeSet<(NetworkIndex, IpAddr)>,
     /// Ingress, then egress.
     pub(super) sets: [Option<u32>; 2],
 }
@@ -101,7 +102,6 @@ pub(super) struct ClassEntry {
     pub(super) looks: Looks,
     /// The identities that look like this.
     pub(super) identities: BTreeSet<u32>,
-    pub(super) addresses: BTreeSet<(NetworkIndex, IpAddr)>,
 }
 
 /// The tier of the ports that no policy closes.
@@ -253,6 +253,7 @@ impl Compiler {
             terms: BTreeSet::new(),
             policies: BTreeSet::new(),
             class: u32::MAX,
+            addresses: BTreeSet::new(),
             sets: [None; 2],
         };
         let number = self.identities.insert(identity);
@@ -313,14 +314,18 @@ impl Compiler {
         if before == owner {
             return;
         }
-        if let Some(class) = self.class_of_owner(before).and_then(|class| self.classes.get_mut(class)) {
-            class.addresses.remove(&key);
+        if let Some(Owner::Identity(before)) = before
+            && let Some(identity) = self.identities.get_mut(before.0)
+        {
+            identity.addresses.remove(&key);
         }
         match owner {
             None => self.table.remove(network, address),
             Some(Owner::Host) => self.table.insert(network, address, HOST_CLASS),
             Some(Owner::Identity(id)) => {
-                let Some(class) = self.identities.get(id.0).map(|identity| identity.class) else { return };
+                let Some(identity) = self.identities.get_mut(id.0) else { return };
+                identity.addresses.insert(key);
+                let class = identity.class;
                 self.enter_address(class, key);
             }
         }
@@ -396,13 +401,6 @@ impl Compiler {
             }
         }
         is_changed
-    }
-
-    fn class_of_owner(&self, owner: Option<Owner>) -> Option<u32> {
-        match owner? {
-            Owner::Identity(id) => self.identities.get(id.0).map(|identity| identity.class),
-            Owner::Host => None,
-        }
     }
 }
 

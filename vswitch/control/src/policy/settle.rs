@@ -10,7 +10,7 @@ use vswitch_policy::{
 };
 
 use super::anchor::Anchors;
-use super::compiler::{ClassEntry, Compiler, DIRECTIONS, FAILSAFE, IdentityId, Looks, Owner};
+use super::compiler::{ClassEntry, Compiler, DIRECTIONS, FAILSAFE, Looks};
 use super::set::{RowPeer, Set, SetKey};
 
 /// What is new for an identity.
@@ -117,21 +117,13 @@ impl Compiler {
             identity.class = class;
         }
         // Its addresses go with it.
-        let owner = Owner::Identity(IdentityId(number));
-        let of_before = self.classes.get(before).map(|class| class.addresses.clone()).unwrap_or_default();
-        for key in of_before {
-            if self.addresses.get(&key) == Some(&owner) {
-                if let Some(class) = self.classes.get_mut(before) {
-                    class.addresses.remove(&key);
-                }
-                self.enter_address(class, key);
-            }
-        }
+        let addresses = self.identities.get(number).map(|identity| identity.addresses.clone()).unwrap_or_default();
+        addresses.into_iter().for_each(|key| self.enter_address(class, key));
         self.leave_class(before, number);
     }
 
     fn make_class(&mut self, looks: Looks) -> u32 {
-        let entry = ClassEntry { looks: looks.clone(), identities: BTreeSet::new(), addresses: BTreeSet::new() };
+        let entry = ClassEntry { looks: looks.clone(), identities: BTreeSet::new() };
         let class = self.classes.insert(entry);
         for &term in &looks.terms {
             self.classes_of_term.entry(term).or_default().insert(class);
@@ -142,8 +134,7 @@ impl Compiler {
 
     /// An address of a class: sets that name one of its terms get a row for it.
     pub(super) fn enter_address(&mut self, class: u32, key: (NetworkIndex, IpAddr)) {
-        let Some(entry) = self.classes.get_mut(class) else { return };
-        entry.addresses.insert(key);
+        let Some(entry) = self.classes.get(class) else { return };
         let number = class_number(class, entry);
         let looks = entry.looks.clone();
         self.table.insert(key.0, key.1, number);
@@ -308,7 +299,9 @@ impl Compiler {
         }
         for class in classes {
             let Some(entry) = self.classes.get(class) else { continue };
-            let zones: BTreeSet<u32> = entry.addresses.iter().map(|(_, address)| set.zone(*address)).collect();
+            let identities = entry.identities.iter().filter_map(|&number| self.identities.get(number));
+            let addresses = identities.flat_map(|identity| identity.addresses.iter());
+            let zones: BTreeSet<u32> = addresses.map(|(_, address)| set.zone(*address)).collect();
             let number = class_number(class, entry);
             let Looks { terms, ports, .. } = &entry.looks;
             zones.into_iter().for_each(|zone| set.ensure(RowPeer { class: number, terms, ports, zone }));
