@@ -92,7 +92,7 @@ fn after_ten_times_its_capacity_the_next_ping_answers() {
     assert_balanced(&daemon);
 }
 
-fn mac_of(pod: &lab::Namespace) -> anyhow::Result<String> {
+pub(crate) fn mac_of(pod: &lab::Namespace) -> anyhow::Result<String> {
     let links: serde_json::Value = serde_json::from_str(&pod.run(5, &["ip", "-j", "link", "show", "eth0"])?)?;
     Ok(links[0]["address"].as_str().unwrap_or_default().to_owned())
 }

@@ -19,6 +19,7 @@ mod load;
 mod nfv;
 mod outside;
 mod podman;
+mod policy;
 mod policy_cases;
 mod ports;
 mod restart;

@@ -130,7 +130,6 @@ pub struct ObserveFilter {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PolicyInfo {
     /// What it is called.
-    #[serde(flatten)]
     pub name: ObjectName,
     /// The file that it came from.
     pub file: String,
@@ -190,7 +189,6 @@ pub struct RuleInfo {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ChangeInfo {
     /// What it is called.
-    #[serde(flatten)]
     pub name: ObjectName,
     /// `created`, `changed`, `unchanged` or `deleted`.
     pub change: String,
