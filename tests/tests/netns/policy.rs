@@ -1,6 +1,8 @@
 //! Policies without a gap: while pods come, while policies change, while the daemon is gone and comes back, and what a change
 //! costs.
 
+#![allow(clippy::disallowed_methods, reason = "what a change costs is printed")]
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
