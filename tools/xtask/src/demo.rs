@@ -45,6 +45,7 @@ pub(crate) fn run(keep: bool, as_json: bool) -> anyhow::Result<bool> {
     demo.check_underlay();
     demo.check_outside();
     demo.check_sizes();
+    demo.check_policy();
     demo.check_switchctl();
     let Demo { lab, mut daemons, pods, mut lines, .. } = demo;
     if keep {
@@ -190,6 +191,31 @@ impl Demo {
         self.measured("path MTU discovery with DF", found);
     }
 
+    fn check_policy(&mut self) {
+        let result = self.guard_a_pod();
+        self.measured("policy: a stranger is denied, a label lets it in", result);
+    }
+
+    /// A pod of the second node lets in pods with a label only; one of the first node gets it.
+    fn guard_a_pod(&self) -> anyhow::Result<String> {
+        let (node, from, to) = (&self.daemons[1], &self.pods[0], &self.pods[2]);
+        let name = |pod: &Namespace| format!("default/{}", pod.name);
+        let (stranger, guarded) = (name(&from.0), name(&to.0));
+        let file = self.lab.file("guard.yaml", GUARD)?;
+        node.run_ctl(&["endpoint", "set", &guarded, "--label", "app=guarded"])?;
+        node.run_ctl(&["endpoint", "set", &stranger, "--label", "app=stranger", "--ip", &from.1[0]])?;
+        node.run_ctl(&["policy", "apply", "--file", &file])?;
+        let is_denied = !from.0.pings(&to.1[0], 3, 1);
+        let why = node.run_ctl(&["policy", "explain", "--from", &stranger, "--to", &guarded, "--port", "icmp"])?;
+        node.run_ctl(&["endpoint", "set", &stranger, "--label", "app=friend", "--ip", &from.1[0]])?;
+        let is_allowed = from.0.pings(&to.1[0], 20, 5);
+        node.run_ctl(&["policy", "delete", "--file", &file])?;
+        if !is_denied || !is_allowed {
+            bail!("denied as a stranger: {is_denied}; allowed as a friend: {is_allowed}; {why}");
+        }
+        Ok(why.lines().nth(2).unwrap_or_default().trim().to_owned())
+    }
+
     fn check_switchctl(&mut self) {
         for at in 0..self.daemons.len() {
             let node = format!("node{}", at + 1);
@@ -233,6 +259,17 @@ impl Demo {
         self.line(what, is_ok, result.unwrap_or_else(|error| format!("{error:#}")));
     }
 }
+
+/// Nobody reaches pods with the label `app=guarded` but those with `app=friend`.
+const GUARD: &str = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: guard, namespace: default}
+spec:
+  podSelector: {matchLabels: {app: guarded}}
+  ingress:
+  - from: [{podSelector: {matchLabels: {app: friend}}}]
+";
 
 fn config(node: usize) -> String {
     let other = 3 - node;
