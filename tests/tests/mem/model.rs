@@ -1,16 +1,19 @@
 //! Compiled policy against the naive evaluator: a million random pairs of policies and connections, with changes of
 //! policies, labels and addresses in between.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use vswitch_api::{Answer, PolicyDocument, PortSpec, Request};
 use vswitch_control::policy::{Compiler, IdentityId, Owner};
-use vswitch_net::NetworkIndex;
+use vswitch_net::{GATEWAY_MAC, NetworkIndex, PortId};
 use vswitch_policy::{
     Action, Direction, EndpointFacts, IcmpMatch, Kind, Labels, NamedPort, NamespaceMatch, Operator, Peer, Policy,
     PolicyId, PortMatch, Requirement, Rule, Selector, Source, Subject, Tier, TierDefault, builtin_tiers,
 };
+use vswitch_tests::frames::{self, Ends, Layer4};
+use vswitch_tests::mem::Switch;
 use vswitch_tests::naive::{self, End, Purpose, Who};
 
 const NETWORK: NetworkIndex = NetworkIndex(0);
@@ -351,4 +354,130 @@ fn a_million_random_connections_are_judged_as_the_naive_evaluator_does() {
     assert_eq!(all, 1_000_000);
     // A generator that denies or allows about everything would show little.
     assert!((all / 5..all * 4 / 5).contains(&allowed), "{allowed} of {all}");
+}
+
+/// Six pods of a routed switch, as the naive evaluator sees them.
+struct Talk {
+    switch: Switch,
+    pods: Vec<(PortId, EndpointFacts)>,
+    policies: BTreeMap<PolicyId, Policy>,
+    /// Who began, with which ports, source first.
+    connections: BTreeSet<(usize, usize, (u16, u16))>,
+}
+
+impl Talk {
+    fn new() -> Talk {
+        let mut switch = Switch::new();
+        switch.ask_json(r#"{"op":"network_add","name":"pods","vni":7,"subnets":["10.0.0.0/8"]}"#).unwrap();
+        let pods = (0..6_usize).map(|number| {
+            let mut spec = PortSpec::new(format!("p{number}"), crate::mac(number as u8 + 1));
+            spec.network = Some("pods".to_owned());
+            spec.addresses = vec![Talk::address(number)];
+            spec.labels.insert("app".to_owned(), (number % 4).to_string());
+            let Answer::Port(info) = switch.ask(Request::PortAdd(spec)) else { panic!("no port") };
+            let labels = Labels::from([("app".to_owned(), (number % 4).to_string())]);
+            (info.id, EndpointFacts { namespace: Some("default".to_owned()), labels, ports: Vec::new() })
+        });
+        let pods = pods.collect();
+        Talk { switch, pods, policies: BTreeMap::new(), connections: BTreeSet::new() }
+    }
+
+    fn address(number: usize) -> IpAddr {
+        format!("10.0.0.{}", number + 1).parse().unwrap()
+    }
+
+    /// Another policy, or one less.
+    fn change(&mut self, random: &mut Random) {
+        let name = format!("p{}", random.below(4));
+        if random.one_in(4) {
+            let id = PolicyId { kind: Kind::NetworkPolicy, namespace: Some("default".to_owned()), name: name.clone() };
+            if self.policies.remove(&id).is_some() {
+                let delete = format!(r#"{{"op":"policy_delete","objects":[{{"kind":"NetworkPolicy","name":"{name}"}}]}}"#);
+                self.switch.ask_json(&delete).unwrap();
+            }
+            return;
+        }
+        let app = |random: &mut Random| format!("{{matchLabels: {{app: \"{}\"}}}}", random.below(4));
+        let rules = |random: &mut Random, field: &str| {
+            let rule = |random: &mut Random| {
+                let peers = [format!("{field}: [{{podSelector: {}}}], ", app(random)), String::new()];
+                let port = *random.pick(&[53, 80, 1000]);
+                format!("{{{}ports: [{{protocol: UDP, port: {port}}}]}}", random.pick(&peers))
+            };
+            random.some(2, rule).join(", ")
+        };
+        let text = format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}}}\nspec:\n  podSelector: {}\n  policyTypes: [{}]\n  ingress: [{}]\n  egress: [{}]\n",
+            app(random),
+            random.pick(&["Ingress", "Egress", "Ingress, Egress"]),
+            rules(random, "from"),
+            rules(random, "to"),
+        );
+        for read in vswitch_policy::read("model", &text).unwrap() {
+            let vswitch_policy::Object::Policy(policy) = read.object else { panic!("no policy") };
+            self.policies.insert(policy.id.clone(), policy);
+        }
+        let documents = vec![PolicyDocument { file: "model".to_owned(), text }];
+        self.switch.ask(Request::PolicyApply { documents, dry_run: false });
+    }
+
+    /// One datagram; true if both the switch and the oracle let it pass.
+    fn send(&mut self, random: &mut Random) -> bool {
+        let (from, to) = (random.below(6), random.below(6));
+        if from == to {
+            return false;
+        }
+        let ports = (*random.pick(&[53, 80, 1000]), *random.pick(&[53, 80, 1000]));
+        let policies: Vec<Policy> = self.policies.values().cloned().collect();
+        let end = |number: usize| End {
+            who: Who::Endpoint(
+                self.pods[number].1.clone(),
+                Labels::from([("kubernetes.io/metadata.name".to_owned(), "default".to_owned())]),
+            ),
+            address: Talk::address(number),
+        };
+        let allows = |from: usize, to: usize, port: u16| {
+            naive::is_allowed(&builtin_tiers(), &policies, &end(from), &end(to), Purpose { protocol: 17, port })
+        };
+        let (there, back) = ((from, to, ports), (to, from, (ports.1, ports.0)));
+        let known = [there, back].into_iter().find(|one| self.connections.contains(one));
+        let expected = match known {
+            Some(one) => allows(one.0, one.1, one.2.1),
+            None => allows(from, to, ports.1),
+        };
+        match (known, expected) {
+            (Some(one), false) => drop(self.connections.remove(&one)),
+            (None, true) => drop(self.connections.insert(there)),
+            _ => {}
+        }
+        let frame = frames::packet(
+            Ends { from: crate::mac(from as u8 + 1), to: GATEWAY_MAC },
+            &Talk::address(from).to_string(),
+            &Talk::address(to).to_string(),
+            ports,
+            Layer4::Udp,
+            b"x",
+        );
+        let reason = self.switch.drop_of(self.pods[from].0, &frame);
+        assert_eq!(self.switch.take(self.pods[to].0).len(), usize::from(expected), "{there:?} {known:?} {reason:?} {policies:#?}");
+        expected
+    }
+}
+
+#[test]
+fn packets_pass_as_the_naive_evaluator_and_a_set_of_connections_say() {
+    let mut random = Random(77);
+    let (mut passed, mut all) = (0, 0);
+    for _ in 0..25 {
+        let mut talk = Talk::new();
+        for _ in 0..20 {
+            talk.change(&mut random);
+            for _ in 0..60 {
+                all += 1;
+                passed += usize::from(talk.send(&mut random));
+            }
+        }
+    }
+    println!("{all} packets, {passed} passed");
+    assert!((all / 5..all * 4 / 5).contains(&passed), "{passed} of {all}");
 }
