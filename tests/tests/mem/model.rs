@@ -392,7 +392,8 @@ impl Talk {
         if random.one_in(4) {
             let id = PolicyId { kind: Kind::NetworkPolicy, namespace: Some("default".to_owned()), name: name.clone() };
             if self.policies.remove(&id).is_some() {
-                let delete = format!(r#"{{"op":"policy_delete","objects":[{{"kind":"NetworkPolicy","name":"{name}"}}]}}"#);
+                let delete =
+                    format!(r#"{{"op":"policy_delete","objects":[{{"kind":"NetworkPolicy","name":"{name}"}}]}}"#);
                 self.switch.ask_json(&delete).unwrap();
             }
             return;
@@ -459,7 +460,11 @@ impl Talk {
             b"x",
         );
         let reason = self.switch.drop_of(self.pods[from].0, &frame);
-        assert_eq!(self.switch.take(self.pods[to].0).len(), usize::from(expected), "{there:?} {known:?} {reason:?} {policies:#?}");
+        assert_eq!(
+            self.switch.take(self.pods[to].0).len(),
+            usize::from(expected),
+            "{there:?} {known:?} {reason:?} {policies:#?}"
+        );
         expected
     }
 }

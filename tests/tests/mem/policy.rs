@@ -428,3 +428,22 @@ fn a_pod_of_a_runtime_waits_for_its_labels_where_that_is_wanted() {
     switch.ask_json(r#"{"op":"endpoint_set","endpoints":[{"namespace":"default","name":"a"}]}"#).unwrap();
     switch.ask(Request::PortAdd(spec));
 }
+
+#[test]
+fn another_node_does_not_speak_for_pods_that_are_here() {
+    let (mut twin, pods) =
+        super::vxlan::routed(["192.0.2.1", "192.0.2.2"], vswitch_tests::twin::Wire { loss: 0, reorder: 0 }, 3);
+    // A node that somebody has taken over: it sends whatever it likes.
+    let add = r#"{"op":"port_add","link":"evil","mac":"02:00:00:00:00:77","network":"pods","addresses":["10.2.0.77"],"check":"none"}"#;
+    let Answer::Port(evil) = twin.switches[1].ask_json(add).unwrap() else { panic!("no port") };
+    let target = pods[0][1].addresses[0].addr().to_string();
+    for (source, reason) in
+        [(pods[0][0].addresses[0].addr().to_string(), Some(DropReason::SpoofedAddress)), ("10.2.0.77".to_owned(), None)]
+    {
+        let ends = Ends { from: mac(0x77), to: GATEWAY_MAC };
+        let frame = packet(ends, &source, &target, (1000, 80), Layer4::Udp, b"x");
+        assert_eq!(twin.switches[1].drop_of(evil.id, &frame), None);
+        let wire = twin.switches[1].take(vswitch_control::UPLINK_PORT);
+        assert_eq!(twin.switches[0].drop_of(vswitch_control::UPLINK_PORT, &wire[0]), reason, "{source}");
+    }
+}

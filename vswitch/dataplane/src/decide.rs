@@ -52,7 +52,7 @@ pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
     }
     let checked = match snapshot.port(meta.ingress).map(|port| &port.kind) {
         Some(PortKind::Access(access)) => check_sender(meta, head, access, network, snapshot).map(|()| Origin::Port),
-        Some(PortKind::Uplink(_)) if meta.peer.is_some() => Ok(Origin::Wire),
+        Some(PortKind::Uplink(_)) if meta.peer.is_some() => check_peer(meta, snapshot).map(|()| Origin::Wire),
         Some(PortKind::Uplink(_)) => check_direct(meta, snapshot).map(|()| Origin::Wire),
         None => Err(DropReason::NoPort),
     };
@@ -215,6 +215,24 @@ fn are_isolated(one: PortId, other: PortId, snapshot: &Snapshot) -> bool {
 
 fn is_hairpin(port: PortId, snapshot: &Snapshot) -> bool {
     snapshot.access(port).is_some_and(|access| access.is_hairpin)
+}
+
+/// Another node speaks for its own pods, and never for one that is here: who has an address decides what it may.
+fn check_peer(meta: &Meta, snapshot: &Snapshot) -> Result<(), DropReason> {
+    let Some((source, _)) = meta.addresses() else { return Ok(()) };
+    let is_here = match snapshot.routes.lookup(meta.network, source) {
+        Some(NextHop::Port { port, .. }) => {
+            snapshot.access(port).is_some_and(|access| access.addresses.contains(&source))
+        }
+        Some(_) => false,
+        // A bridged network knows who has an address from its ports' own.
+        None => snapshot
+            .neighbors
+            .lookup(meta.network, source)
+            .and_then(|mac| snapshot.fdb.lookup(meta.network, mac))
+            .is_some_and(|location| matches!(location, Location::Port(_))),
+    };
+    if is_here { Err(DropReason::SpoofedAddress) } else { Ok(()) }
 }
 
 /// What comes from the wire without VXLAN comes from a peer that is routed to directly, and from an address behind it.

@@ -18,8 +18,9 @@ use vswitch_net::{NetworkIndex, PortId, checksum};
 use vswitch_xsk::{Packet, Umem};
 
 use crate::connection::{Connections, Entry, State, Tuple, quoted, tcp};
+use crate::decide::is_discovery;
 use crate::icmp;
-use crate::meta::{Checksum, Kind, Meta};
+use crate::meta::{Checksum, Meta};
 use crate::parse::{ICMP, ICMPV6, IGMP, SCTP, TCP, UDP, byte_at, u16_at};
 use crate::snapshot::Snapshot;
 use crate::table::flow::NO_WINDOW;
@@ -106,8 +107,7 @@ struct Answer {
 pub(crate) fn admit(passage: &Passage<'_>) -> Result<Admitted, Refused> {
     let Passage { snapshot, meta, .. } = *passage;
     let Some((source, destination)) = meta.addresses() else { return Ok(PASSED) };
-    // Neighbors and groups are found without policy.
-    if crate::decide::is_discovery(meta) || meta.protocol == IGMP || (meta.kind == Kind::V6 && is_mld(meta)) {
+    if is_of_link(meta) {
         return Ok(PASSED);
     }
     let sender = snapshot.port(meta.ingress).map(|port| &port.policy);
@@ -145,7 +145,7 @@ pub(crate) fn admit(passage: &Passage<'_>) -> Result<Admitted, Refused> {
 /// Whether a packet that goes to many may go to one of them: by addresses and ports alone, for nobody has asked for it.
 pub(crate) fn may_flood(snapshot: &Snapshot, meta: &Meta, to: PortId) -> bool {
     let Some((source, destination)) = meta.addresses() else { return true };
-    if crate::decide::is_discovery(meta) || meta.protocol == IGMP || (meta.kind == Kind::V6 && is_mld(meta)) {
+    if is_of_link(meta) {
         return true;
     }
     let end = |port, address| End { subject: snapshot.port(port).map(|port| &port.policy), address };
@@ -421,10 +421,12 @@ fn sctp_chunk(meta: &Meta, head: &[u8]) -> Option<u8> {
     byte_at(head, usize::from(meta.l4) + 12).ok()
 }
 
-/// Messages of multicast listener discovery (RFC 3810 section 5).
-fn is_mld(meta: &Meta) -> bool {
+/// How neighbors and groups are found, without which there is no link to have a policy on: neighbor discovery, IGMP, and
+/// multicast listener discovery (RFC 3810 section 5).
+fn is_of_link(meta: &Meta) -> bool {
     let kind = (meta.key.fields().ports.source >> 8) as u8;
-    meta.protocol == ICMPV6 && meta.fragment.is_none() && matches!(kind, 130..=132 | 143)
+    let is_mld = meta.protocol == ICMPV6 && meta.fragment.is_none() && matches!(kind, 130..=132 | 143);
+    is_discovery(meta) || (meta.destination.is_multicast() && (meta.protocol == IGMP || is_mld))
 }
 
 /// The port that policies ask for: the receiver's, or the ICMP type and code.
