@@ -283,9 +283,7 @@ impl Daemon {
         wrong.iter().for_each(|sentence| warn!("{sentence}"));
         let lost = self.control.borrow_mut().restore_policies(journal, &mut *self.links.borrow_mut());
         lost.iter().for_each(|sentence| warn!("not taken over: {sentence}"));
-        if let Err(error) = self.store.rewrite_journal(&self.control.borrow().whole_journal()) {
-            warn!("policies could not be noted, a restart will not know them: {error}");
-        }
+        self.write_journal();
         let state = match self.store.load() {
             Ok(Some(state)) => state,
             Ok(None) => return,
@@ -352,6 +350,15 @@ impl Daemon {
             && let Err(error) = self.store.append_journal(&entries)
         {
             warn!("a policy could not be noted, a restart will not know it: {error}");
+        }
+        if self.store.is_journal_long() {
+            self.write_journal();
+        }
+    }
+
+    fn write_journal(&self) {
+        if let Err(error) = self.store.rewrite_journal(&self.control.borrow().whole_journal()) {
+            warn!("policies could not be noted, a restart will not know them: {error}");
         }
     }
 

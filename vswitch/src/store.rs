@@ -1,5 +1,6 @@
 //! The runtime directory: the lock of the one daemon, and the state that a restart needs.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -11,8 +12,13 @@ use vswitch_control::{JournalEntry, State};
 pub(crate) struct Store {
     directory: PathBuf,
     boot_id: String,
+    /// Bytes of the journal when it was last written anew, and those that were added since.
+    journal: Cell<(u64, u64)>,
     _lock: File,
 }
+
+/// What may be added to the journal before it is written anew, if that is more than it held before.
+const JOURNAL_SLACK: u64 = 4 << 20;
 
 impl Store {
     /// Makes the directory if need be and locks it.
@@ -31,7 +37,7 @@ impl Store {
             format!("another vswitchd runs in {path}: stop it, or give this one another daemon.runtime_dir")
         })?;
         let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned();
-        Ok(Store { directory: directory.to_owned(), boot_id, _lock: lock })
+        Ok(Store { directory: directory.to_owned(), boot_id, journal: Cell::new((0, 0)), _lock: lock })
     }
 
     /// What the last daemon left, if it was written since boot.
@@ -114,6 +120,7 @@ impl Store {
         let new = self.directory.join("policy.jsonl.new");
         let mut text = format!("{}\n", self.boot_id).into_bytes();
         lines(entries, &mut text)?;
+        self.journal.set((text.len() as u64, 0));
         fs::write(&new, text)?;
         fs::rename(new, self.journal_path())
     }
@@ -126,7 +133,15 @@ impl Store {
     pub(crate) fn append_journal(&self, entries: &[JournalEntry]) -> io::Result<()> {
         let mut text = Vec::new();
         lines(entries, &mut text)?;
+        let (whole, added) = self.journal.get();
+        self.journal.set((whole, added + text.len() as u64));
         fs::OpenOptions::new().append(true).open(self.journal_path())?.write_all(&text)
+    }
+
+    /// True if the journal says so much over and over that it should be written anew.
+    pub(crate) fn is_journal_long(&self) -> bool {
+        let (whole, added) = self.journal.get();
+        added > JOURNAL_SLACK.max(whole)
     }
 
     fn journal_path(&self) -> PathBuf {
@@ -154,6 +169,37 @@ fn lines(entries: &[JournalEntry], text: &mut Vec<u8>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_journal_is_read_as_far_as_it_was_finished_and_kept_short() {
+        let directory = std::env::temp_dir().join(format!("vswitch-journal-{}", std::process::id()));
+        let store = Store::open(&directory).unwrap();
+        assert_eq!(store.load_journal(), (Vec::new(), None));
+        let entry = |name: &str| {
+            JournalEntry::EndpointGone(vswitch_api::EndpointName { namespace: None, name: name.to_owned() })
+        };
+        store.rewrite_journal(&[entry("a")]).unwrap();
+        store.append_journal(&[entry("b"), entry("c")]).unwrap();
+        let unfinished = |text: &[u8]| {
+            fs::OpenOptions::new().append(true).open(store.journal_path()).unwrap().write_all(text).unwrap();
+        };
+        unfinished(b"{\"endpoint");
+        assert_eq!(store.load_journal(), (vec![entry("a"), entry("b"), entry("c")], None));
+        unfinished(b"?\n");
+        let (entries, wrong) = store.load_journal();
+        assert_eq!(entries.len(), 3);
+        assert!(wrong.unwrap().contains("policy.jsonl line 5"));
+        assert!(!store.is_journal_long());
+        let many: Vec<JournalEntry> = (0..200_000).map(|number| entry(&number.to_string())).collect();
+        store.append_journal(&many).unwrap();
+        assert!(store.is_journal_long());
+        store.rewrite_journal(&[entry("a")]).unwrap();
+        assert!(!store.is_journal_long());
+        // Of another boot: pods and their names are others now.
+        fs::write(store.journal_path(), "another\n").unwrap();
+        assert_eq!(store.load_journal(), (Vec::new(), None));
+        fs::remove_dir_all(directory).unwrap();
+    }
 
     #[test]
     fn state_of_another_boot_is_not_taken_over() {

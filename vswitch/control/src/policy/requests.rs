@@ -40,13 +40,14 @@ impl Control {
     /// Reads texts and checks them against what there is.
     pub(crate) fn read_policies(&self, documents: &[PolicyDocument]) -> Result<(Vec<Read>, Vec<ChangeInfo>), ApiError> {
         let mut reads: Vec<Read> = Vec::new();
+        let mut places: BTreeMap<PolicyId, vswitch_policy::Source> = BTreeMap::new();
         for document in documents {
             let objects = vswitch_policy::read(&document.file, &document.text);
             for read in objects.map_err(|error| invalid(error.to_string()))? {
-                if let Some(other) = reads.iter().find(|other| other.id == read.id) {
+                if let Some(other) = places.insert(read.id.clone(), read.source.clone()) {
                     return Err(invalid(format!(
                         "{}:{}: {} is there twice: also at {}:{}",
-                        read.source.file, read.source.line, read.id, other.source.file, other.source.line
+                        read.source.file, read.source.line, read.id, other.file, other.line
                     )));
                 }
                 reads.push(read);
