@@ -336,6 +336,64 @@ fn icmp_errors_belong_to_the_connection_that_they_quote() {
 }
 
 #[test]
+fn an_error_about_a_connection_does_not_keep_it_alive() {
+    let mut pair = Pair::new(ConnectionConfig::default());
+    // A third pod, a router on the way for all that anybody knows.
+    let mut spec = PortSpec::new("c", mac(3));
+    spec.network = Some("pods".to_owned());
+    spec.addresses = vec![address(3).parse().unwrap()];
+    spec.check = Some(vswitch_api::SenderCheck::None);
+    let Answer::Port(router) = pair.switch.ask(Request::PortAdd(spec)) else { panic!("no port") };
+    pair.open();
+    pair.apply(&POLICY.replace("{tcp: {destinationPort: {number: 80}}}, ", ""));
+    let quoted = frame(By::B, (1000, 80), Layer4::Tcp { flags: ACK, seq: 5001, ack: 1001 }, b"data");
+    let ends = Ends { from: mac(3), to: GATEWAY_MAC };
+    let error = packet(ends, &address(3), &address(2), (0, 0), Layer4::Icmp(3, 1), &quoted[14..]);
+    pair.switch.drop_of(router.id, &error);
+    pair.switch.take(pair.ports[1]);
+    assert_eq!(pair.tcp(By::A, ACK | PSH, 1001, 5001, b"x"), Some(DropReason::PolicyDenied), "judged anew");
+}
+
+#[test]
+fn what_is_flooded_reaches_only_those_who_let_it_in() {
+    let mut switch = Switch::new();
+    switch.ask_json(r#"{"op":"network_add","name":"lan","vni":7,"mode":"bridged","subnets":["10.0.0.0/8"]}"#).unwrap();
+    let ports = ["a", "b", "c"].map(|name| {
+        let number = name.as_bytes()[0] - b'a' + 1;
+        let mut spec = PortSpec::new(name, mac(number));
+        spec.network = Some("lan".to_owned());
+        spec.addresses = vec![address(number).parse().unwrap()];
+        spec.labels.insert("pod".to_owned(), name.to_owned());
+        let Answer::Port(info) = switch.ask(Request::PortAdd(spec)) else { panic!("no port") };
+        info.id
+    });
+    let text = POLICY.replace(
+        "from: [{pods: {namespaceSelector: {}, podSelector: {matchLabels: {pod: a}}}}]",
+        "from: [{networks: [10.1.0.1/32]}]",
+    );
+    let documents = vec![PolicyDocument { file: "policy.yaml".to_owned(), text }];
+    switch.ask(Request::PolicyApply { documents, dry_run: false });
+    ports.iter().for_each(|&port| drop(switch.take(port)));
+    let mut heard = |from: u8, to: vswitch_net::MacAddr, frame: Option<Vec<u8>>, port: u16| {
+        let ends = Ends { from: mac(from), to };
+        let destination = if to == vswitch_net::MacAddr::BROADCAST { "10.255.255.255".to_owned() } else { address(9) };
+        let frame =
+            frame.unwrap_or_else(|| packet(ends, &address(from), &destination, (1000, port), Layer4::Udp, b"x"));
+        switch.send(ports[usize::from(from) - 1], &frame);
+        switch.settle();
+        ports.map(|port| switch.take(port).len())
+    };
+    let (everybody, nobody) = (vswitch_net::MacAddr::BROADCAST, mac(9));
+    assert_eq!(heard(1, everybody, None, 80), [0, 1, 1], "b lets a in at port 80");
+    assert_eq!(heard(1, everybody, None, 81), [0, 0, 1]);
+    assert_eq!(heard(1, nobody, None, 81), [0, 0, 1], "a station that nobody knows");
+    assert_eq!(heard(3, everybody, None, 80), [1, 0, 0]);
+    assert_eq!(heard(2, everybody, None, 80), [0, 0, 0], "b may say nothing");
+    let arp = vswitch_tests::frames::arp_request(mac(2), &address(2), &address(9));
+    assert_eq!(heard(2, everybody, Some(arp), 0), [1, 0, 1], "but ask who is there");
+}
+
+#[test]
 fn a_later_policy_cuts_what_it_does_not_allow() {
     let mut pair = Pair::new(ConnectionConfig::default());
     pair.open();

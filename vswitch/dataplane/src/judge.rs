@@ -142,15 +142,17 @@ pub(crate) fn admit(passage: &Passage<'_>) -> Result<Admitted, Refused> {
     }
 }
 
-/// Whether a packet that goes to many may go to one of them: by addresses and ports alone, for nobody has asked for it.
-pub(crate) fn may_flood(snapshot: &Snapshot, meta: &Meta, to: PortId) -> bool {
+/// Whether a packet that goes to many may go to one of them, a port here or a peer: by addresses and ports alone, for nobody
+/// has asked for it.
+pub(crate) fn may_flood(snapshot: &Snapshot, meta: &Meta, to: Option<PortId>) -> bool {
     let Some((source, destination)) = meta.addresses() else { return true };
     if is_of_link(meta) {
         return true;
     }
-    let end = |port, address| End { subject: snapshot.port(port).map(|port| &port.policy), address };
-    let port = meta.has_ports.then(|| port_of(meta));
-    let (from, to) = (end(meta.ingress, source), end(to, destination));
+    let subject = |port| snapshot.port(port).map(|port| &port.policy);
+    let from = End { subject: subject(meta.ingress), address: source };
+    let to = End { subject: to.and_then(subject), address: destination };
+    let port = (meta.has_ports || meta.fragment.is_none()).then(|| port_of(meta));
     let question = Question { snapshot, network: meta.network, from, to, protocol: meta.protocol, port };
     question.answer().judgement.is_allowed
 }
@@ -326,11 +328,15 @@ fn related(passage: &Passage<'_>, from: End<'_>, to: End<'_>, is_policed: bool) 
     let Passage { snapshot, connections, meta, now_ns, .. } = *passage;
     let unrelated = || if is_policed { Err(DropReason::UnrelatedError.into()) } else { Ok(PASSED) };
     let Ok(tuple) = quoted(meta, passage.packet.head().data()) else { return unrelated() };
+    if tuple.source != [meta.key.0[6], meta.key.0[7]] {
+        // It is no word about anything that its receiver has sent.
+        return unrelated();
+    }
     let (key, is_low) = tuple.key(meta.network);
     let hash = key.hash(connections.config().seed);
-    let mut shard = connections.shard(hash);
+    let shard = connections.shard(hash);
     let Some(at) = shard.find(hash, &key) else { return unrelated() };
-    let entry = shard.get_mut(at);
+    let entry = shard.get(at);
     if entry.is_expired(now_ns, &connections.config().timeouts) {
         return unrelated();
     }
@@ -353,11 +359,10 @@ fn related(passage: &Passage<'_>, from: End<'_>, to: End<'_>, is_policed: bool) 
         let (from, to) = if began_by_receiver { (to, reporter) } else { (reporter, to) };
         Question { snapshot, network, from, to, protocol, port: Some(port) }.answer()
     };
-    if let Some(refused) = judge_again(entry, snapshot, connections, ask) {
-        connections.remove(&mut shard, at);
-        return Err(refused);
-    }
-    Ok(PASSED)
+    // Who reports may be neither end, so the connection itself is not judged by this; the error is.
+    let is_judged =
+        entry.generation == snapshot.generation || (connections.config().keeps_established && entry.is_replied);
+    if is_judged { Ok(PASSED) } else { ask().judgement.admit(|| false).map(|_| PASSED) }
 }
 
 /// A later fragment that came before its first: without ports only what is allowed for all of them passes.

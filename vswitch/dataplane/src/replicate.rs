@@ -76,7 +76,7 @@ impl<P: PortIo> Egress<'_, P> {
                 continue;
             }
             receivers += 1;
-            if !judge::may_flood(self.snapshot, meta, port) {
+            if !judge::may_flood(self.snapshot, meta, Some(port)) {
                 self.refuse_copy(meta.ingress);
                 continue;
             }
@@ -85,9 +85,12 @@ impl<P: PortIo> Egress<'_, P> {
             }
         }
         if meta.peer.is_none() {
+            let may_leave = peers.is_empty() || judge::may_flood(self.snapshot, meta, None);
             for &peer in peers {
                 receivers += 1;
-                if let Some(copy) = self.copy(&packet, meta.ingress) {
+                if !may_leave {
+                    self.refuse_copy(meta.ingress);
+                } else if let Some(copy) = self.copy(&packet, meta.ingress) {
                     self.encap(copy, meta, peer, meta.network, None);
                 }
             }

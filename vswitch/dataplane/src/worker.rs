@@ -500,17 +500,9 @@ impl Miss<'_> {
         {
             out.counters.events_lost += 1;
         }
-        match decision.verdict {
-            Verdict::Forward(action) => return self.admit(slot, action, out, events),
-            // Who may not send to anybody there sends to nobody.
-            Verdict::Flood | Verdict::Group if !meta.destination.is_multicast() => {
-                let nowhere = Action { rewrite: None, output: Output::Port(PortId(u16::MAX)) };
-                let (action, admitted) = self.admit(slot, nowhere, out, events)?;
-                if action != nowhere {
-                    return Some((action, admitted));
-                }
-            }
-            _ => {}
+        // What goes to many is judged for each receiver.
+        if let Verdict::Forward(action) = decision.verdict {
+            return self.admit(slot, action, out, events);
         }
         finish(slot, meta, decision, out, events);
         None
