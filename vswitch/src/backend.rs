@@ -76,10 +76,17 @@ impl Links {
     }
 
     /// Returns when every worker decides by what was published before.
-    pub(crate) fn sync(&self) {
+    ///
+    /// # Errors
+    ///
+    /// A sentence, if one does not say so.
+    pub(crate) fn sync(&self) -> Result<(), String> {
         let waiting: Vec<_> = self.workers.iter().map(WorkerHandle::begin_sync).collect();
-        for done in waiting {
-            let _ = done.recv_timeout(ANSWER_TIMEOUT);
+        match waiting.iter().position(|done| done.recv_timeout(ANSWER_TIMEOUT).is_err()) {
+            None => Ok(()),
+            Some(worker) => {
+                Err(format!("worker {worker} does not answer: the change may not be in force; see `switchctl status`"))
+            }
         }
     }
 

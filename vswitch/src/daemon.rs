@@ -78,7 +78,7 @@ async fn live(daemon: &Rc<Daemon>, watch: Watch, events: Receiver<Event>, news: 
         daemon.attach_host().await.with_context(|| format!("the host cannot be joined to network \"{network}\""))?;
     }
     daemon.attach_uplinks().await?;
-    daemon.restore();
+    daemon.restore()?;
     follow::take_back(&daemon.kernel, &daemon.control).await;
     daemon.publish();
     daemon.carry_out().await;
@@ -277,22 +277,30 @@ impl Daemon {
     }
 
     /// Adopts the ports of the last daemon.
-    fn restore(&self) {
+    fn restore(&self) -> anyhow::Result<()> {
         // First what protects the ports, then the ports.
-        let (journal, wrong) = self.store.load_journal();
-        wrong.iter().for_each(|sentence| warn!("{sentence}"));
+        let journal = self.store.load_journal().map_err(|error| anyhow!(error))?;
         let lost = self.control.borrow_mut().restore_policies(journal, &mut *self.links.borrow_mut());
-        lost.iter().for_each(|sentence| warn!("not taken over: {sentence}"));
-        self.write_journal();
+        if let Some(sentence) = lost.first() {
+            return Err(anyhow!(
+                "a policy of the last daemon cannot be taken over ({sentence}): move policy.jsonl in {} away to start without them",
+                self.config.daemon.runtime_dir.display()
+            ));
+        }
+        self.write_journal().context("policies cannot be noted: make room in daemon.runtime_dir")?;
         let state = match self.store.load() {
             Ok(Some(state)) => state,
-            Ok(None) => return,
-            Err(error) => return warn!("{error}"),
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                warn!("{error}");
+                return Ok(());
+            }
         };
         let before = state.ports.len();
         let lost = self.control.borrow_mut().restore(state, &mut *self.links.borrow_mut());
         lost.iter().for_each(|sentence| warn!("not taken over: {sentence}"));
         info!("{} of {before} ports taken over", self.control.borrow().links().count());
+        Ok(())
     }
 
     pub(crate) async fn handle(&self, request: Request) -> Result<Answer, ApiError> {
@@ -331,9 +339,9 @@ impl Daemon {
         }
         if is_change {
             self.publish();
-            // Whoever is told that it is done may rely on it for the very next packet.
-            self.links.borrow().sync();
-            self.note();
+            // Whoever is told that it is done may rely on it, for the very next packet and after a restart.
+            let live = self.links.borrow().sync().map_err(|error| ApiError::new(ErrorCode::System, error));
+            answer = answer.and_then(|done| live.and(self.note()).map(|()| done));
         }
         if is_change && !is_policy {
             self.save();
@@ -344,22 +352,18 @@ impl Daemon {
     }
 
     /// Notes what has changed of policies and endpoints.
-    fn note(&self) {
+    fn note(&self) -> Result<(), ApiError> {
         let entries = self.control.borrow_mut().take_journal();
-        if !entries.is_empty()
-            && let Err(error) = self.store.append_journal(&entries)
-        {
-            warn!("a policy could not be noted, a restart will not know it: {error}");
-        }
-        if self.store.is_journal_long() {
-            self.write_journal();
-        }
+        let noted = if entries.is_empty() { Ok(()) } else { self.store.append_journal(&entries) };
+        let noted = noted.and_then(|()| if self.store.is_journal_long() { self.write_journal() } else { Ok(()) });
+        noted.map_err(|error| {
+            let message = format!("in force, but a restart will not know it: {error}; make room in daemon.runtime_dir");
+            ApiError::new(ErrorCode::System, message)
+        })
     }
 
-    fn write_journal(&self) {
-        if let Err(error) = self.store.rewrite_journal(&self.control.borrow().whole_journal()) {
-            warn!("policies could not be noted, a restart will not know them: {error}");
-        }
+    fn write_journal(&self) -> std::io::Result<()> {
+        self.store.rewrite_journal(&self.control.borrow().whole_journal())
     }
 
     /// Forgets silent connections, some shards at a time.

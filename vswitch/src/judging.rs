@@ -21,6 +21,7 @@ pub(crate) struct Policy {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Connections {
     pub(crate) limit: usize,
+    pub(crate) port_limit: usize,
     pub(crate) pick_up: PickUpMode,
     pub(crate) pick_up_seconds: u64,
     /// Times in seconds.
@@ -75,6 +76,7 @@ impl Default for Connections {
         } = Timeouts::default();
         Connections {
             limit: ConnectionConfig::default().limit,
+            port_limit: ConnectionConfig::default().port_limit,
             pick_up: PickUpMode::Restart,
             pick_up_seconds: 60,
             opening: opening_ns / SECOND,
@@ -120,6 +122,7 @@ impl Connections {
         let ns = |seconds: u64| seconds.saturating_mul(SECOND);
         ConnectionConfig {
             limit: self.limit,
+            port_limit: self.port_limit,
             timeouts: Timeouts {
                 opening_ns: ns(self.opening),
                 established_ns: ns(self.established),

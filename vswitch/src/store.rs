@@ -85,30 +85,26 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// A sentence, if the file is there and cannot be read whole; what can be is in the result, too.
-    pub(crate) fn load_journal(&self) -> (Vec<JournalEntry>, Option<String>) {
+    /// A sentence with the remedy, if it cannot be read whole: pods must not run with less than their policies.
+    pub(crate) fn load_journal(&self) -> Result<Vec<JournalEntry>, String> {
         let path = self.journal_path();
+        let remedy = format!("move {} away to start without the policies of the last daemon", path.display());
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return (Vec::new(), None),
-            Err(error) => return (Vec::new(), Some(format!("cannot read {}: {error}", path.display()))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(format!("cannot read {}: {error}; {remedy}", path.display())),
         };
         let mut lines = text.split_inclusive('\n');
         if lines.next().map(str::trim_end) != Some(&self.boot_id) {
-            return (Vec::new(), None);
+            return Ok(Vec::new());
         }
-        let mut entries = Vec::new();
-        let mut wrong = None;
-        for (at, line) in lines.enumerate().filter(|(_, line)| line.ends_with('\n')) {
-            match serde_json::from_str(line) {
-                Ok(entry) => entries.push(entry),
-                Err(error) => {
-                    let path = path.display();
-                    wrong.get_or_insert(format!("{path} line {}: {error}: this line is left out", at + 2));
-                }
-            }
-        }
-        (entries, wrong)
+        let finished = lines.enumerate().filter(|(_, line)| line.ends_with('\n'));
+        finished
+            .map(|(at, line)| {
+                serde_json::from_str(line)
+                    .map_err(|error| format!("{} line {}: {error}; {remedy}", path.display(), at + 2))
+            })
+            .collect()
     }
 
     /// Writes the journal anew: whole, or not at all.
@@ -133,9 +129,16 @@ impl Store {
     pub(crate) fn append_journal(&self, entries: &[JournalEntry]) -> io::Result<()> {
         let mut text = Vec::new();
         lines(entries, &mut text)?;
+        let mut file = fs::OpenOptions::new().append(true).open(self.journal_path())?;
+        let before = file.metadata()?.len();
+        if let Err(error) = file.write_all(&text) {
+            // Half a line would take the next one with it.
+            file.set_len(before)?;
+            return Err(error);
+        }
         let (whole, added) = self.journal.get();
         self.journal.set((whole, added + text.len() as u64));
-        fs::OpenOptions::new().append(true).open(self.journal_path())?.write_all(&text)
+        Ok(())
     }
 
     /// True if the journal says so much over and over that it should be written anew.
@@ -174,7 +177,7 @@ mod tests {
     fn a_journal_is_read_as_far_as_it_was_finished_and_kept_short() {
         let directory = std::env::temp_dir().join(format!("vswitch-journal-{}", std::process::id()));
         let store = Store::open(&directory).unwrap();
-        assert_eq!(store.load_journal(), (Vec::new(), None));
+        assert_eq!(store.load_journal(), Ok(Vec::new()));
         let entry = |name: &str| {
             JournalEntry::EndpointGone(vswitch_api::EndpointName { namespace: None, name: name.to_owned() })
         };
@@ -184,11 +187,10 @@ mod tests {
             fs::OpenOptions::new().append(true).open(store.journal_path()).unwrap().write_all(text).unwrap();
         };
         unfinished(b"{\"endpoint");
-        assert_eq!(store.load_journal(), (vec![entry("a"), entry("b"), entry("c")], None));
+        assert_eq!(store.load_journal(), Ok(vec![entry("a"), entry("b"), entry("c")]));
         unfinished(b"?\n");
-        let (entries, wrong) = store.load_journal();
-        assert_eq!(entries.len(), 3);
-        assert!(wrong.unwrap().contains("policy.jsonl line 5"));
+        let wrong = store.load_journal().unwrap_err();
+        assert!(wrong.contains("policy.jsonl line 5") && wrong.contains("move "), "{wrong}");
         assert!(!store.is_journal_long());
         let many: Vec<JournalEntry> = (0..200_000).map(|number| entry(&number.to_string())).collect();
         store.append_journal(&many).unwrap();
@@ -197,7 +199,7 @@ mod tests {
         assert!(!store.is_journal_long());
         // Of another boot: pods and their names are others now.
         fs::write(store.journal_path(), "another\n").unwrap();
-        assert_eq!(store.load_journal(), (Vec::new(), None));
+        assert_eq!(store.load_journal(), Ok(Vec::new()));
         fs::remove_dir_all(directory).unwrap();
     }
 

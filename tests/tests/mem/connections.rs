@@ -434,7 +434,11 @@ fn connections_without_a_beginning_are_taken_up_if_that_is_wanted() {
         pair.send_ports(By::B, (1000, 81), Layer4::Tcp { flags: ACK, seq: 1, ack: 1 }, b"x"),
         Some(DropReason::PolicyDenied)
     );
-    assert_eq!(pair.tcp(By::B, SYN, 1, 0, b""), None, "a SYN on an open connection is its receiver's to answer");
+    assert_eq!(
+        pair.tcp(By::B, SYN, 1, 0, b""),
+        Some(DropReason::PolicyDenied),
+        "what begins one is judged, whatever is known"
+    );
     pair.switch.pass(61 * SECOND);
     let late = Layer4::Tcp { flags: ACK, seq: 1, ack: 1 };
     assert_eq!(pair.send_ports(By::A, (1002, 80), late, b"x"), Some(DropReason::NoConnection));
@@ -548,4 +552,87 @@ fn sctp_begins_with_init() {
     assert_eq!(pair.state(), "associated");
     assert_eq!(chunk(&mut pair, By::B, 7), None);
     assert_eq!(pair.state(), "shutdown");
+}
+
+#[test]
+fn a_stray_segment_opens_no_way_for_a_beginning() {
+    for pick_up in [PickUp::Never, PickUp::Always] {
+        let mut pair = Pair::new(ConnectionConfig { pick_up, ..ConnectionConfig::default() });
+        pair.switch.ask_json(r#"{"op":"policy_delete","objects":[{"kind":"SwitchPolicy","name":"b"}]}"#).unwrap();
+        let to_22 = |flags| Layer4::Tcp { flags, seq: 1, ack: 0 };
+        // Before anybody has a policy, and from the middle.
+        assert_eq!(pair.send_ports(By::A, (1001, 22), to_22(ACK), b""), None);
+        // `b` lets in nobody at that port, and may go anywhere itself, so that it might have begun this.
+        pair.apply(&POLICY.replace("  egress:\n  - action: Deny\n", ""));
+        assert_eq!(pair.send_ports(By::A, (1001, 22), to_22(ACK), b"x"), None, "the answer to what `b` may have begun");
+        assert_eq!(pair.send_ports(By::A, (1001, 22), to_22(SYN), b""), Some(DropReason::PolicyDenied));
+        pair.switch.pass(3600 * SECOND);
+        assert_eq!(pair.send_ports(By::A, (1001, 22), to_22(SYN), b""), Some(DropReason::PolicyDenied));
+    }
+    // Nor does the end of one that the other side had begun.
+    let mut pair = Pair::new(ConnectionConfig::default());
+    pair.apply(&POLICY.replace("  egress:\n  - action: Deny\n", ""));
+    let of_b =
+        |pair: &mut Pair, by, flags, seq, ack| pair.send_ports(by, (22, 3000), Layer4::Tcp { flags, seq, ack }, b"");
+    assert_eq!(of_b(&mut pair, By::B, SYN, 1, 0), None);
+    assert_eq!(of_b(&mut pair, By::A, SYN | ACK, 9, 2), None);
+    assert_eq!(of_b(&mut pair, By::B, ACK, 2, 10), None);
+    assert_eq!(of_b(&mut pair, By::B, FIN | ACK, 2, 10), None);
+    assert_eq!(of_b(&mut pair, By::A, SYN, 77, 0), Some(DropReason::PolicyDenied));
+}
+
+#[test]
+fn what_only_one_side_says_takes_no_room_for_long() {
+    let mut pair = Pair::new(ConnectionConfig { limit: 1024, ..ConnectionConfig::default() });
+    pair.switch.ask_json(r#"{"op":"policy_delete","objects":[{"kind":"SwitchPolicy","name":"b"}]}"#).unwrap();
+    for port in 0..3000 {
+        pair.send_ports(By::A, (10_000 + port, 9), Layer4::Tcp { flags: ACK, seq: 1, ack: 1 }, b"");
+    }
+    pair.apply(POLICY);
+    assert_eq!(pair.tcp(By::A, SYN, 1000, 0, b""), None);
+    pair.switch.pass(31 * SECOND);
+    assert_eq!(pair.connections(), []);
+}
+
+#[test]
+fn a_pod_begins_no_more_than_its_share() {
+    let mut pair = Pair::new(ConnectionConfig { port_limit: 100, ..ConnectionConfig::default() });
+    for port in 0..100 {
+        assert_eq!(pair.send_ports(By::A, (10_000 + port, 80), Layer4::Udp, b""), None);
+    }
+    assert_eq!(pair.send_ports(By::A, (9_999, 80), Layer4::Udp, b""), Some(DropReason::ConnectionsFull));
+    assert_eq!(pair.send_ports(By::A, (10_000, 80), Layer4::Udp, b""), None);
+    pair.switch.pass(31 * SECOND);
+    let connections = &pair.switch.backend.connections;
+    (0..connections.shards()).for_each(|shard| connections.sweep(pair.switch.now_ns, shard));
+    assert_eq!(pair.send_ports(By::A, (9_999, 80), Layer4::Udp, b""), None, "room comes with time");
+}
+
+#[test]
+fn a_connection_belongs_to_the_ports_that_it_was_judged_for() {
+    let mut switch = Switch::new();
+    switch.ask_json(r#"{"op":"network_add","name":"lan","vni":7,"mode":"bridged","subnets":["10.0.0.0/8"]}"#).unwrap();
+    let ports = ["x", "b", "c"].map(|name| {
+        let number = if name == "x" { 1 } else { name.as_bytes()[0] - b'a' + 1 };
+        let mut spec = PortSpec::new(name, mac(number));
+        spec.network = Some("lan".to_owned());
+        spec.addresses = vec![address(number).parse().unwrap()];
+        spec.labels.insert("pod".to_owned(), name.to_owned());
+        let Answer::Port(info) = switch.ask(Request::PortAdd(spec)) else { panic!("no port") };
+        info.id
+    });
+    let documents = vec![PolicyDocument { file: "policy.yaml".to_owned(), text: POLICY.to_owned() }];
+    switch.ask(Request::PolicyApply { documents, dry_run: false });
+    ports.iter().for_each(|&port| drop(switch.take(port)));
+    let mut send = |station: u8, layer4| {
+        let ends = Ends { from: mac(1), to: mac(station) };
+        switch.drop_of(ports[0], &packet(ends, &address(1), &address(2), (1000, 80), layer4, b""))
+    };
+    for layer4 in [Layer4::Tcp { flags: SYN, seq: 1, ack: 0 }, Layer4::Udp] {
+        assert_eq!(send(2, layer4), Some(DropReason::PolicyDenied));
+        // To another station with the address of `b`, and to one that nobody knows.
+        assert_eq!(send(3, layer4), None);
+        send(9, layer4);
+        assert_eq!(send(2, layer4), Some(DropReason::PolicyDenied));
+    }
 }

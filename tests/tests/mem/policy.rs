@@ -447,3 +447,48 @@ fn another_node_does_not_speak_for_pods_that_are_here() {
         assert_eq!(twin.switches[0].drop_of(vswitch_control::UPLINK_PORT, &wire[0]), reason, "{source}");
     }
 }
+
+#[test]
+fn the_latest_word_on_an_endpoint_counts_before_and_after_a_restart() {
+    let pod = |app: &str, phase: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: far, namespace: shop, labels: {{app: {app}}}}}\nspec: {{containers: []}}\nstatus: {{phase: {phase}, podIPs: [{{ip: 10.9.0.9}}]}}\n"
+        )
+    };
+    let told = |app: &str| {
+        format!(
+            r#"{{"op":"endpoint_set","endpoints":[{{"namespace":"shop","name":"far","labels":{{"app":"{app}"}},"addresses":["10.9.0.9"]}}]}}"#
+        )
+    };
+    let words: [(&str, bool); 4] = [("pod web", true), ("told web", true), ("pod x", false), ("told x", false)];
+    for (first, _) in words {
+        for (second, expected) in words {
+            let (mut switch, _) = shop();
+            apply(&mut switch, DB).unwrap();
+            for word in [first, second] {
+                match word.split_once(' ').unwrap() {
+                    ("pod", app) => drop(apply(&mut switch, &pod(app, "Running")).unwrap()),
+                    (_, app) => drop(switch.ask_json(&told(app)).unwrap()),
+                }
+            }
+            for is_whole in [false, true] {
+                let journal = if is_whole { switch.control.whole_journal() } else { switch.control.take_journal() };
+                let (mut next, _) = shop();
+                assert_eq!(next.control.restore_policies(journal, &mut next.backend), Vec::<String>::new());
+                for one in [&mut switch, &mut next] {
+                    let allowed = explain(one, "10.9.0.9", "shop/db", "tcp/5432").is_allowed;
+                    assert_eq!(allowed, expected, "{first}, then {second}, {is_whole}");
+                }
+            }
+        }
+    }
+    // One that has ended has no address any more, and of two the newer one has it.
+    let (mut switch, _) = shop();
+    apply(&mut switch, DB).unwrap();
+    apply(&mut switch, &pod("web", "Succeeded")).unwrap();
+    assert!(!explain(&mut switch, "10.9.0.9", "shop/db", "tcp/5432").is_allowed);
+    apply(&mut switch, &pod("web", "Running")).unwrap();
+    assert!(explain(&mut switch, "10.9.0.9", "shop/db", "tcp/5432").is_allowed);
+    apply(&mut switch, &pod("x", "Running").replace("name: far", "name: alater")).unwrap();
+    assert!(!explain(&mut switch, "10.9.0.9", "shop/db", "tcp/5432").is_allowed);
+}

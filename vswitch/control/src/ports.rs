@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use vswitch_api::{Answer, ApiError, Attachment, Bandwidth, ErrorCode, FdbTarget, NetworkMode, PortSpec};
+use vswitch_dataplane::connection::Entry;
 use vswitch_dataplane::{Bucket, Limits, Location};
 use vswitch_net::{POD_LINK_MTU, POD_LINK_MTU_MIN, PortId};
 
@@ -231,6 +232,12 @@ impl Control {
         let Some(port) = self.desired.ports.remove(&id) else { return };
         backend.detach(id);
         self.policy.remove_port(id);
+        // Whoever gets its addresses next has not begun its connections.
+        let (network, addresses) = (port.network, &port.record.spec.addresses);
+        if backend.connections().config().keeps_established {
+            let is_its = |entry: &Entry| entry.key.network == network && entry.has_end(addresses);
+            backend.connections().forget(is_its);
+        }
         for &address in &port.record.spec.addresses {
             self.desired.by_address.remove(&(port.network, address));
             self.settle(port.network, address.into());

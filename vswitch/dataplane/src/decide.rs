@@ -13,6 +13,7 @@ use crate::meta::{Kind, Meta};
 use crate::multicast;
 use crate::parse::{ICMPV6, u16_at, u32_at, v6_at};
 use crate::snapshot::{Access, Gateway, Network, NetworkMode, PortKind, SenderCheck, Snapshot};
+use crate::table::policy::Class;
 use crate::table::route::NextHop;
 use crate::verdict::{Action, DropReason, Output, Rewrite, Verdict};
 
@@ -232,7 +233,9 @@ fn check_peer(meta: &Meta, snapshot: &Snapshot) -> Result<(), DropReason> {
             .and_then(|mac| snapshot.fdb.lookup(meta.network, mac))
             .is_some_and(|location| matches!(location, Location::Port(_))),
     };
-    if is_here { Err(DropReason::SpoofedAddress) } else { Ok(()) }
+    // This node's own address is whoever speaks from it, too.
+    let is_this_node = snapshot.classes.lookup(meta.network, source).is_host();
+    if is_here || is_this_node { Err(DropReason::SpoofedAddress) } else { Ok(()) }
 }
 
 /// What comes from the wire without VXLAN comes from a peer that is routed to directly, and from an address behind it.
@@ -261,7 +264,13 @@ fn check_sender(
         return Err(DropReason::SpoofedMac);
     }
     if access.check == SenderCheck::Mac || access.addresses.is_empty() {
-        return Ok(());
+        // Whose addresses are not known may have any but those that are somebody's.
+        let source = meta.addresses().map(|(source, _)| source).filter(|source| !access.addresses.contains(source));
+        let is_anothers = source.is_some_and(|source| {
+            snapshot.classes.lookup(meta.network, source) != Class::WORLD
+                && source != IpAddr::V6(access.mac.link_local())
+        });
+        return if is_anothers { Err(DropReason::SpoofedAddress) } else { Ok(()) };
     }
     let owns = |address: IpAddr| access.addresses.contains(&address);
     match meta.kind {
@@ -280,7 +289,10 @@ fn check_sender(
                 IpAddr::V6(v6) if network.mode == NetworkMode::Bridged => v6 == access.mac.link_local(),
                 IpAddr::V6(v6) => v6.is_unicast_link_local(),
             };
-            let is_none_yet = meta.kind == Kind::V6 && source.is_unspecified();
+            // Without an address one may ask whether it is free, and join groups.
+            let is_none_yet = meta.kind == Kind::V6
+                && source.is_unspecified()
+                && (network.mode != NetworkMode::Bridged || is_discovery(meta) || meta.destination.is_multicast());
             if !is_none_yet && !is_local(source) && !owns(source) {
                 return Err(DropReason::SpoofedAddress);
             }

@@ -17,12 +17,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use vswitch_net::{NetworkIndex, PortId, checksum};
 use vswitch_xsk::{Packet, Umem};
 
-use crate::connection::{Connections, Entry, State, Tuple, quoted, tcp};
+use crate::connection::{Connections, ELSEWHERE, Entry, State, Tuple, quoted, tcp};
 use crate::decide::is_discovery;
 use crate::icmp;
-use crate::meta::{Checksum, Meta};
+use crate::meta::{Checksum, Kind, Meta};
 use crate::parse::{ICMP, ICMPV6, IGMP, SCTP, TCP, UDP, byte_at, u16_at};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{SenderCheck, Snapshot};
 use crate::table::flow::NO_WINDOW;
 use crate::table::policy::{Class, Judgement, RuleId, Subject};
 use crate::verdict::DropReason;
@@ -106,12 +106,14 @@ struct Answer {
 /// Why not.
 pub(crate) fn admit(passage: &Passage<'_>) -> Result<Admitted, Refused> {
     let Passage { snapshot, meta, .. } = *passage;
-    let Some((source, destination)) = meta.addresses() else { return Ok(PASSED) };
+    let sender = snapshot.port(meta.ingress).map(|port| &port.policy);
+    let receiver = passage.to.and_then(|port| snapshot.port(port)).map(|port| &port.policy);
+    let Some((source, destination)) = meta.addresses() else {
+        return may_be_unread(meta, sender, receiver).then_some(PASSED).ok_or(DropReason::PolicyUnread.into());
+    };
     if is_of_link(meta) {
         return Ok(PASSED);
     }
-    let sender = snapshot.port(meta.ingress).map(|port| &port.policy);
-    let receiver = passage.to.and_then(|port| snapshot.port(port)).map(|port| &port.policy);
     // Nobody is protected from himself.
     let is_own = passage.to == Some(meta.ingress);
     let from = End { subject: sender.filter(|_| !is_own), address: source };
@@ -145,13 +147,14 @@ pub(crate) fn admit(passage: &Passage<'_>) -> Result<Admitted, Refused> {
 /// Whether a packet that goes to many may go to one of them, a port here or a peer: by addresses and ports alone, for nobody
 /// has asked for it.
 pub(crate) fn may_flood(snapshot: &Snapshot, meta: &Meta, to: Option<PortId>) -> bool {
-    let Some((source, destination)) = meta.addresses() else { return true };
+    let subject = |port| snapshot.port(port).map(|port| &port.policy);
+    let (sender, receiver) = (subject(meta.ingress), to.and_then(subject));
+    let Some((source, destination)) = meta.addresses() else { return may_be_unread(meta, sender, receiver) };
     if is_of_link(meta) {
         return true;
     }
-    let subject = |port| snapshot.port(port).map(|port| &port.policy);
-    let from = End { subject: subject(meta.ingress), address: source };
-    let to = End { subject: to.and_then(subject), address: destination };
+    let from = End { subject: sender, address: source };
+    let to = End { subject: receiver, address: destination };
     let port = (meta.has_ports || meta.fragment.is_none()).then(|| port_of(meta));
     let question = Question { snapshot, network: meta.network, from, to, protocol: meta.protocol, port };
     question.answer().judgement.is_allowed
@@ -180,13 +183,27 @@ fn follow<'a>(
         }
     }
     let (there, back) = (port_of(meta), port_back(meta));
+    let place = |port: PortId| if snapshot.access(port).is_some() { port } else { ELSEWHERE };
+    let (here, there_at) = (place(meta.ingress), passage.to.map_or(ELSEWHERE, place));
     let mut shard = connections.shard(hash);
     if let Some(at) = shard.find(hash, &key) {
         let entry = shard.get_mut(at);
         let is_over = entry.is_expired(now_ns, &connections.config().timeouts)
-            || segment.is_some_and(|segment| tcp::is_reuse(entry.state, &segment));
+            || segment.is_some_and(|segment| tcp::is_reuse(entry.state, &segment))
+            || (entry.state == State::Shutdown && sctp_begins(meta, head));
         if !is_over {
             let side = usize::from(is_low != entry.is_from_low);
+            // What would begin one must be allowed to, from whichever side.
+            let is_beginning = segment.is_some_and(|segment| tcp::is_beginning(entry, side, &segment))
+                || (side == 1 && sctp_begins(meta, head));
+            if is_beginning {
+                ask(from, to, there).judgement.admit(|| false)?;
+            }
+            // Who began has a place, and policies; the same addresses elsewhere are others.
+            let places = if side == 0 { [here, there_at] } else { [there_at, here] };
+            if entry.places != places {
+                entry.generation = 0;
+            }
             // As who began would be judged now; if that was a guess, as either might have been.
             let is_guess = entry.is_picked_up;
             let again = |side: usize| if side == 0 { ask(from, to, there) } else { ask(to, from, back) };
@@ -195,9 +212,13 @@ fn follow<'a>(
                 if is_guess && !answer.judgement.is_allowed { again(1 - side) } else { answer }
             });
             if let Some(refused) = refused {
-                connections.remove(&mut shard, at);
+                // Another end than the one it was judged for is no reason to end it.
+                if entry.places == places {
+                    connections.remove(&mut shard, at);
+                }
                 return Err(refused);
             }
+            entry.places = places;
             match step(entry, side, segment.as_ref(), meta, head, passage.last_seq, now_ns) {
                 Err(reason) if is_policed => return Err(reason.into()),
                 // Nobody asked to be protected from it.
@@ -205,6 +226,8 @@ fn follow<'a>(
                 Ok(()) => {}
             }
             entry.used_ns = now_ns;
+            entry.heard |= 1 << side;
+            entry.is_replied |= is_assured(entry);
             let window_bits = if segment.is_some() { tcp::window_bits(entry, side) } else { NO_WINDOW };
             if entry.is_replied {
                 shard.unlist(at);
@@ -256,14 +279,17 @@ fn follow<'a>(
     if began == 1 {
         ends.swap(0, 1);
     }
-    let mut entry = Entry::new(key, is_low == (began == 0), meta.ingress, state, now_ns);
+    let places = if began == 0 { [here, there_at] } else { [there_at, here] };
+    let mut entry = Entry::new(key, is_low == (began == 0), places, state, now_ns);
+    entry.heard = 1 << began;
     entry.generation = snapshot.generation;
     entry.ends = ends;
     entry.rules = rules;
     entry.is_picked_up = !begins;
-    entry.is_replied = is_assured(state);
     let window_bits = if segment.is_some() { tcp::window_bits(&entry, began) } else { NO_WINDOW };
-    if !connections.insert(&mut shard, hash, entry) && is_policed {
+    // The host speaks for many.
+    let is_limited = snapshot.access(meta.ingress).is_some_and(|access| access.check != SenderCheck::Elsewhere);
+    if !connections.insert(&mut shard, hash, entry, is_limited) && is_policed {
         return Err(DropReason::ConnectionsFull.into());
     }
     let allowed_by = rules.map(|rule| (rule != RuleId::NONE).then_some(rule));
@@ -305,7 +331,6 @@ fn step(
         (SCTP, _) => {
             // RFC 9260 section 3.2: COOKIE ACK opens; ABORT and the three of SHUTDOWN close.
             entry.state = match (sctp_chunk(meta, head), entry.state) {
-                (Some(SCTP_INIT), State::Shutdown) => State::Init,
                 (Some(SCTP_COOKIE_ACK), _) => State::Associated,
                 (Some(6 | 7 | 8 | 14), _) => State::Shutdown,
                 (_, state) => state,
@@ -314,13 +339,24 @@ fn step(
         _ if side == 1 => entry.state = State::Replied,
         _ => {}
     }
-    entry.is_replied |= is_assured(entry.state);
     Ok(())
 }
 
 /// True for a connection whose both ends have shown that they mean it, so that it makes room for nobody.
-fn is_assured(state: State) -> bool {
-    matches!(state, State::Established | State::FinWait | State::TimeWait | State::Associated | State::Replied)
+fn is_assured(entry: &Entry) -> bool {
+    let is_open = matches!(
+        entry.state,
+        State::Established | State::FinWait | State::TimeWait | State::Associated | State::Replied
+    );
+    is_open && entry.heard == BOTH
+}
+
+/// Both ends have spoken.
+const BOTH: u8 = 3;
+
+/// An INIT where something is known already.
+fn sctp_begins(meta: &Meta, head: &[u8]) -> bool {
+    meta.protocol == SCTP && meta.has_l4() && sctp_chunk(meta, head) == Some(SCTP_INIT)
 }
 
 /// An ICMP error goes the way of the connection that it quotes.
@@ -426,12 +462,21 @@ fn sctp_chunk(meta: &Meta, head: &[u8]) -> Option<u8> {
     byte_at(head, usize::from(meta.l4) + 12).ok()
 }
 
+/// Whether a frame that is neither IPv4 nor IPv6 may pass: ARP may; others cannot be judged, and could be anything (a tag that
+/// its receiver takes off, say), so they pass between ends without policies only.
+fn may_be_unread(meta: &Meta, sender: Option<&Subject>, receiver: Option<&Subject>) -> bool {
+    let is_policed = |subject: Option<&Subject>| subject.is_some_and(Subject::is_policed);
+    meta.kind == Kind::Arp || !(is_policed(sender) || is_policed(receiver))
+}
+
 /// How neighbors and groups are found, without which there is no link to have a policy on: neighbor discovery, IGMP, and
 /// multicast listener discovery (RFC 3810 section 5).
 fn is_of_link(meta: &Meta) -> bool {
     let kind = (meta.key.fields().ports.source >> 8) as u8;
     let is_mld = meta.protocol == ICMPV6 && meta.fragment.is_none() && matches!(kind, 130..=132 | 143);
-    is_discovery(meta) || (meta.destination.is_multicast() && (meta.protocol == IGMP || is_mld))
+    // Both kinds are of one link, and prove it by their hops (RFC 4861 section 7.1, RFC 3810 section 5, RFC 3376 section 4).
+    (is_discovery(meta) && meta.ttl == 255)
+        || (meta.destination.is_multicast() && meta.ttl == 1 && (meta.protocol == IGMP || is_mld))
 }
 
 /// The port that policies ask for: the receiver's, or the ICMP type and code.

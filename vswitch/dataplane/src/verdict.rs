@@ -152,6 +152,8 @@ drop_reasons! {
     ForgedError, "forged-error", "an ICMP error that quotes a packet which its receiver cannot have sent";
     /// A policy does not allow it.
     PolicyDenied, "policy-denied", "a policy denies it: see `switchctl policy explain` and `switchctl observe`";
+    /// Neither IPv4 nor IPv6, where policies would have to judge it.
+    PolicyUnread, "policy-unread", "a frame that policies cannot judge (a tag, or another protocol than IP) at a port that has some";
     /// Of no connection that is known, between ends that policies protect.
     NoConnection, "no-connection", "it belongs to no connection, and is none that may begin one";
     /// TCP that cannot be where the connection is.

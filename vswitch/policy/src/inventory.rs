@@ -38,7 +38,10 @@ pub(crate) fn pod(doc: &Doc<'_>, id: &PolicyId) -> Result<Object, ReadError> {
     ports.dedup();
     // Pods of the host's network have its addresses, and are no pods to policy.
     let is_of_host = spec.host_network.unwrap_or(false);
-    let addresses = if is_of_host { Vec::new() } else { addresses(doc, "podIPs", "ip")? };
+    // And those of one that has ended may be another's by now.
+    let phase = doc.document.value.get("status").and_then(|status| status.get("phase")).and_then(Value::as_str);
+    let has_ended = matches!(phase, Some("Succeeded" | "Failed"));
+    let addresses = if is_of_host || has_ended { Vec::new() } else { addresses(doc, "podIPs", "ip")? };
     let facts =
         EndpointFacts { namespace: id.namespace.clone(), labels: pod.metadata.labels.unwrap_or_default(), ports };
     Ok(Object::Endpoint(EndpointObject { facts, addresses }))

@@ -32,7 +32,7 @@ impl Control {
             });
             let (source, destination) = if entry.is_from_low { (low, high) } else { (high, low) };
             let idle = now_ns.saturating_sub(entry.used_ns);
-            let timeout = timeouts.of(entry.state, entry.key.protocol);
+            let timeout = entry.timeout_ns(&timeouts);
             ConnectionInfo {
                 network: self.desired.network_name(entry.key.network),
                 protocol: protocol_name(entry.key.protocol),

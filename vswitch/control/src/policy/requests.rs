@@ -13,7 +13,7 @@ use vswitch_net::{NetworkIndex, PortId};
 use vswitch_policy::{Action, Direction, Kind, Object, Policy, PolicyId, Read, Subject, Tier, reread};
 
 use super::rules::RuleKey;
-use super::store::{JournalEntry, name_of};
+use super::store::{JournalEntry, endpoint_name, name_of, object_of};
 use crate::backend::{Backend, WorkerSample};
 use crate::checks::{check_unicast, invalid};
 use crate::desired::not_found;
@@ -119,15 +119,24 @@ impl Control {
         for entry in journal {
             match entry {
                 JournalEntry::Object { file, lines, value } => match reread(&file, value, lines) {
-                    Ok(read) => drop(objects.insert(read.id.clone(), read)),
+                    Ok(read) => {
+                        if matches!(read.object, Object::Endpoint(_)) {
+                            endpoints.remove(&endpoint_name(&read.id));
+                        }
+                        objects.insert(read.id.clone(), read);
+                    }
                     Err(error) => lost.push(error.to_string()),
                 },
                 JournalEntry::ObjectGone(name) => objects.retain(|id, _| name_of(id) != name),
                 JournalEntry::Endpoint(spec) => {
                     let name = EndpointName { namespace: spec.namespace.clone(), name: spec.name.clone() };
+                    objects.remove(&object_of(&name));
                     endpoints.insert(name, spec);
                 }
-                JournalEntry::EndpointGone(name) => drop(endpoints.remove(&name)),
+                JournalEntry::EndpointGone(name) => {
+                    objects.remove(&object_of(&name));
+                    endpoints.remove(&name);
+                }
             }
         }
         self.change_objects(objects.into_values().collect(), &[], backend);

@@ -65,7 +65,8 @@ struct PortEndpoint {
 struct Claims {
     is_host: bool,
     port: Option<PortId>,
-    endpoints: BTreeSet<EndpointName>,
+    /// The newest last: of several it is who has the address now.
+    endpoints: Vec<EndpointName>,
 }
 
 /// The store.
@@ -149,6 +150,8 @@ impl PolicyStore {
 
     /// Tells of an endpoint.
     pub(crate) fn set_endpoint(&mut self, spec: EndpointSpec, network: impl Fn(Option<&str>) -> Option<NetworkIndex>) {
+        // The latest word on an endpoint is the one that counts, in whichever form it came.
+        self.drop_object(&EndpointName { namespace: spec.namespace.clone(), name: spec.name.clone() });
         self.journal.push(JournalEntry::Endpoint(spec.clone()));
         self.put_endpoint(spec, network);
     }
@@ -157,6 +160,7 @@ impl PolicyStore {
     pub(crate) fn remove_endpoint(&mut self, name: &EndpointName) -> bool {
         let is_known = self.endpoints.contains_key(name);
         if is_known {
+            self.drop_object(name);
             self.journal.push(JournalEntry::EndpointGone(name.clone()));
             self.forget_endpoint(name);
         }
@@ -178,7 +182,9 @@ impl PolicyStore {
         let (name, own) = (port_name(spec), port_facts(spec));
         let facts = self.endpoints.get(&name).map_or(&own, |endpoint| &endpoint.facts).clone();
         let identity = self.compiler.acquire(&facts);
-        let addresses = spec.addresses.clone();
+        // It may speak from its link-local address, too, where links are shared.
+        let link_local = IpAddr::V6(spec.mac.link_local());
+        let addresses: Vec<IpAddr> = spec.addresses.iter().copied().chain([link_local]).collect();
         self.ports.insert(port, PortEndpoint { name, own, identity, network, addresses: addresses.clone() });
         for address in addresses {
             self.claims.entry((network, address)).or_default().port = Some(port);
@@ -235,7 +241,7 @@ impl PolicyStore {
         match (claims.is_host, claims.port.and_then(|port| self.ports.get(&port))) {
             (true, _) => Some("host".to_owned()),
             (false, Some(port)) => Some(port.name.to_string()),
-            (false, None) => claims.endpoints.first().map(ToString::to_string),
+            (false, None) => claims.endpoints.last().map(ToString::to_string),
         }
     }
 
@@ -252,7 +258,10 @@ impl PolicyStore {
             self.unclaim(*key, &name);
         }
         for key in claims {
-            self.claims.entry(key).or_default().endpoints.insert(name.clone());
+            let endpoints = &mut self.claims.entry(key).or_default().endpoints;
+            if !endpoints.contains(&name) {
+                endpoints.push(name.clone());
+            }
             self.settle(key.0, key.1);
         }
         self.follow_name(&name);
@@ -270,7 +279,7 @@ impl PolicyStore {
 
     fn unclaim(&mut self, key: (NetworkIndex, IpAddr), name: &EndpointName) {
         if let Some(claims) = self.claims.get_mut(&key) {
-            claims.endpoints.remove(name);
+            claims.endpoints.retain(|other| other != name);
         }
         self.settle(key.0, key.1);
     }
@@ -295,7 +304,7 @@ impl PolicyStore {
         let key = (network, address);
         let owner = self.claims.get(&key).and_then(|claims| {
             let port = claims.port.and_then(|port| self.ports.get(&port)).map(|port| port.identity);
-            let told = claims.endpoints.first().and_then(|name| self.endpoints.get(name)).map(|entry| entry.identity);
+            let told = claims.endpoints.last().and_then(|name| self.endpoints.get(name)).map(|entry| entry.identity);
             if claims.is_host { Some(Owner::Host) } else { port.or(told).map(Owner::Identity) }
         });
         if owner.is_none() {
@@ -304,16 +313,28 @@ impl PolicyStore {
         self.compiler.set_address(network, address, owner);
     }
 
+    /// Forgets the Pod or Node object of an endpoint, of which something else is said now.
+    fn drop_object(&mut self, name: &EndpointName) {
+        let id = object_of(name);
+        if self.objects.remove(&id).is_some() {
+            self.journal.push(JournalEntry::ObjectGone(name_of(&id)));
+        }
+    }
+
     fn is_object(&self, name: &EndpointName) -> bool {
-        let kind = if name.namespace.is_some() { vswitch_policy::Kind::Pod } else { vswitch_policy::Kind::Node };
-        let id = PolicyId { kind, namespace: name.namespace.clone(), name: name.name.clone() };
-        self.objects.contains_key(&id)
+        self.objects.contains_key(&object_of(name))
     }
 }
 
 /// An object's name in the protocol.
 pub(crate) fn name_of(id: &PolicyId) -> vswitch_api::ObjectName {
     vswitch_api::ObjectName { kind: id.kind.name().to_owned(), namespace: id.namespace.clone(), name: id.name.clone() }
+}
+
+/// The object that an endpoint would come from.
+pub(crate) fn object_of(name: &EndpointName) -> PolicyId {
+    let kind = if name.namespace.is_some() { vswitch_policy::Kind::Pod } else { vswitch_policy::Kind::Node };
+    PolicyId { kind, namespace: name.namespace.clone(), name: name.name.clone() }
 }
 
 /// The name of a port's pod.
@@ -357,7 +378,7 @@ fn named_ports(ports: &[vswitch_api::NamedPort]) -> Vec<NamedPort> {
     sorted.into_iter().collect()
 }
 
-fn endpoint_name(id: &PolicyId) -> EndpointName {
+pub(crate) fn endpoint_name(id: &PolicyId) -> EndpointName {
     EndpointName { namespace: id.namespace.clone(), name: id.name.clone() }
 }
 

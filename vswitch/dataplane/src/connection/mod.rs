@@ -28,13 +28,13 @@ mod shard;
 pub mod state;
 pub mod tcp;
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use key::Key;
 pub(crate) use key::{Tuple, quoted};
 pub use shard::Entry;
-pub(crate) use shard::Shard;
+pub(crate) use shard::{ELSEWHERE, Shard};
 pub use state::{State, Timeouts};
 
 use crate::table::policy::RuleId;
@@ -46,6 +46,8 @@ const SHARDS: usize = 256;
 pub struct ConnectionConfig {
     /// Most connections.
     pub limit: usize,
+    /// Most connections that one pod may have begun.
+    pub port_limit: usize,
     /// How long a silent connection is remembered.
     pub timeouts: Timeouts,
     /// Whether TCP connections that were not seen from their beginning are taken up, if policy allows them.
@@ -72,6 +74,8 @@ pub enum PickUp {
 pub struct Connections {
     shards: Box<[Mutex<Shard>]>,
     count: AtomicUsize,
+    /// By the port that they began at.
+    by_port: Box<[AtomicU32]>,
     evicted: AtomicU64,
     expired: AtomicU64,
     config: ConnectionConfig,
@@ -96,6 +100,7 @@ impl Default for ConnectionConfig {
     fn default() -> Self {
         ConnectionConfig {
             limit: 1 << 20,
+            port_limit: 1 << 18,
             timeouts: Timeouts::default(),
             pick_up: PickUp::Never,
             keeps_established: false,
@@ -120,6 +125,7 @@ impl Connections {
         Connections {
             shards: (0..SHARDS).map(|_| Mutex::new(Shard::default())).collect(),
             count: AtomicUsize::new(0),
+            by_port: (0..=u16::MAX).map(|_| AtomicU32::new(0)).collect(),
             evicted: AtomicU64::new(0),
             expired: AtomicU64::new(0),
             config,
@@ -137,19 +143,25 @@ impl Connections {
     }
 
     /// Puts a new connection into its shard, which `shard` is. False if the table is full of connections that have been
-    /// answered.
-    pub(crate) fn insert(&self, shard: &mut Shard, hash: u64, entry: Entry) -> bool {
+    /// answered, or the pod that begins it has more than its share.
+    pub(crate) fn insert(&self, shard: &mut Shard, hash: u64, entry: Entry, is_limited: bool) -> bool {
+        let of_port = &self.by_port[entry.places[0].index()];
+        if is_limited && of_port.load(Ordering::Relaxed) as usize >= self.config.port_limit {
+            return false;
+        }
         // A connection more or less than the limit, when workers meet here, is none the worse.
         if self.count.load(Ordering::Relaxed) >= self.config.limit && !self.make_room(shard, hash) {
             return false;
         }
         shard.insert(hash, entry);
+        of_port.fetch_add(1, Ordering::Relaxed);
         self.count.fetch_add(1, Ordering::Relaxed);
         true
     }
 
     /// Takes a connection out of its shard.
     pub(crate) fn remove(&self, shard: &mut Shard, at: u32) {
+        self.by_port[shard.get(at).places[0].index()].fetch_sub(1, Ordering::Relaxed);
         shard.remove(at, self.config.seed);
         self.count.fetch_sub(1, Ordering::Relaxed);
     }
@@ -229,6 +241,11 @@ impl Connections {
 }
 
 impl Entry {
+    /// True if one of its ends has one of these addresses.
+    pub fn has_end(&self, addresses: &[std::net::IpAddr]) -> bool {
+        self.key.ends().iter().any(|(address, _)| addresses.contains(address))
+    }
+
     /// The rules that let it pass, of who began and of who answers.
     pub fn rules(&self) -> [Option<RuleId>; 2] {
         self.rules.map(|rule| (rule != RuleId::NONE).then_some(rule))

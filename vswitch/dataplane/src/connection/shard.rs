@@ -7,6 +7,9 @@ use super::key::Key;
 use super::state::{State, Timeouts};
 use crate::table::policy::RuleId;
 
+/// In the place of a port: behind the wire, or not known.
+pub(crate) const ELSEWHERE: PortId = PortId(u16::MAX);
+
 /// The end of a list.
 pub(crate) const END: u32 = u32::MAX;
 
@@ -29,8 +32,8 @@ pub struct Entry {
     pub(crate) rules: [RuleId; 2],
     /// Neighbors in the list of those without an answer; of a free place, the next free one.
     links: [u32; 2],
-    /// The port that it began at.
-    pub ingress: PortId,
+    /// The ports of who began and of who answers, as judged; [`ELSEWHERE`] for the wire.
+    pub(crate) places: [PortId; 2],
     /// How far it has come.
     pub state: State,
     /// True if the key's low end began.
@@ -39,6 +42,8 @@ pub struct Entry {
     pub is_replied: bool,
     /// True if it was not seen from its beginning: who began is a guess.
     pub is_picked_up: bool,
+    /// Which ends have spoken: one bit each.
+    pub(crate) heard: u8,
     /// TCP: two SYNs that crossed.
     pub(crate) is_crossed: bool,
     is_used: bool,
@@ -79,7 +84,7 @@ impl Default for Shard {
 
 impl Entry {
     /// A connection that begins now.
-    pub(crate) fn new(key: Key, is_from_low: bool, ingress: PortId, state: State, now_ns: u64) -> Entry {
+    pub(crate) fn new(key: Key, is_from_low: bool, places: [PortId; 2], state: State, now_ns: u64) -> Entry {
         Entry {
             key,
             created_ns: now_ns,
@@ -88,11 +93,12 @@ impl Entry {
             ends: [End::default(); 2],
             rules: [RuleId::NONE; 2],
             links: [END; 2],
-            ingress,
+            places,
             state,
             is_from_low,
             is_replied: false,
             is_picked_up: false,
+            heard: 0,
             is_crossed: false,
             is_used: true,
             is_listed: false,
@@ -101,7 +107,15 @@ impl Entry {
 
     /// True if it has been silent for its time.
     pub fn is_expired(&self, now_ns: u64, timeouts: &Timeouts) -> bool {
-        now_ns.saturating_sub(self.used_ns) >= timeouts.of(self.state, self.key.protocol)
+        now_ns.saturating_sub(self.used_ns) >= self.timeout_ns(timeouts)
+    }
+
+    /// How long it is remembered in silence. What only one side speaks of is not open, whatever that side says.
+    pub fn timeout_ns(&self, timeouts: &Timeouts) -> u64 {
+        match self.state {
+            State::Established | State::Associated if !self.is_replied => timeouts.opening_ns,
+            state => timeouts.of(state, self.key.protocol),
+        }
     }
 }
 
@@ -242,7 +256,7 @@ mod tests {
             is_v6: false,
             is_echo: None,
         };
-        Entry::new(tuple.key(NetworkIndex(0)).0, true, PortId(1), State::New, now_ns)
+        Entry::new(tuple.key(NetworkIndex(0)).0, true, [PortId(1), ELSEWHERE], State::New, now_ns)
     }
 
     #[test]

@@ -125,6 +125,14 @@ pub(crate) fn is_reuse(state: State, segment: &Segment) -> bool {
     segment.has(SYN) && !segment.has(ACK) && matches!(state, State::TimeWait | State::Closed)
 }
 
+/// Whether a segment would begin a connection, were there none: such a one is judged as a beginning, whatever is known,
+/// but when it crosses the other's.
+pub(crate) fn is_beginning(entry: &Entry, from: usize, segment: &Segment) -> bool {
+    let is_again = matches!(entry.state, State::SynSent) || (entry.state == State::SynReceived && entry.is_crossed);
+    let is_own = from == 0 && !entry.is_picked_up;
+    segment.has(SYN) && !segment.has(ACK) && !is_again && !is_own
+}
+
 /// One segment. `from` is the end that sent it, 0 for who began; `last` the newest sequence number that the flow table
 /// has seen of it, if there is one.
 ///
