@@ -2,8 +2,10 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use vswitch_policy::{
-    Action, Direction, EndpointFacts, Labels, NamedPort, PeerFacts, Policy, PortMatch, Rule, Subject, Tier, TierDefault,
+    Action, Direction, EndpointFacts, Labels, NamedPort, NamespaceMatch, Operator, Peer, Policy, PortMatch, Rule,
+    Selector, Subject, Tier, TierDefault,
 };
 
 /// One end of a connection.
@@ -11,8 +13,8 @@ use vswitch_policy::{
 pub enum Who {
     /// A pod or another node, with the labels of its namespace.
     Endpoint(EndpointFacts, Labels),
-    /// This node's own stack.
-    Host,
+    /// This node's own stack, and what was told of the node.
+    Host(Option<EndpointFacts>),
     /// Nobody that is known.
     World,
 }
@@ -50,7 +52,7 @@ pub fn allows(
     other: &End,
     purpose: Purpose,
 ) -> bool {
-    let is_with_node = matches!(other.who, Who::Host) && matches!(own.who, Who::Endpoint(..));
+    let is_with_node = matches!(other.who, Who::Host(_)) && matches!(own.who, Who::Endpoint(..));
     if is_with_node && direction == Direction::Ingress {
         return true;
     }
@@ -86,17 +88,57 @@ pub fn allows(
 }
 
 fn selects(subject: &Subject, who: &Who) -> bool {
-    match who {
-        Who::Endpoint(facts, labels) => subject.selects(facts, labels),
-        Who::Host => *subject == Subject::Host,
-        Who::World => false,
+    match (subject, who) {
+        (Subject::Pods { namespaces, pods }, Who::Endpoint(facts, labels)) => is_pod(namespaces, pods, facts, labels),
+        (Subject::Host, Who::Host(_)) => true,
+        _ => false,
     }
 }
 
 fn is_for(rule: &Rule, other: &End) -> bool {
-    let endpoint = if let Who::Endpoint(facts, labels) = &other.who { Some((facts, labels)) } else { None };
-    let facts = PeerFacts { endpoint, address: other.address };
-    rule.peers.as_ref().is_none_or(|peers| peers.iter().any(|peer| peer.matches(facts)))
+    let Some(peers) = &rule.peers else { return true };
+    peers.iter().any(|peer| match (peer, &other.who) {
+        (Peer::Cidr { cidr, except }, _) => {
+            is_in(*cidr, other.address) && !except.iter().any(|except| is_in(*except, other.address))
+        }
+        (Peer::Pods { namespaces, pods }, Who::Endpoint(facts, labels)) => is_pod(namespaces, pods, facts, labels),
+        (Peer::Nodes(selector), Who::Endpoint(facts, _) | Who::Host(Some(facts))) => {
+            facts.namespace.is_none() && meets(selector, &facts.labels)
+        }
+        _ => false,
+    })
+}
+
+fn is_pod(namespaces: &NamespaceMatch, pods: &Selector, facts: &EndpointFacts, labels: &Labels) -> bool {
+    let Some(namespace) = &facts.namespace else { return false };
+    let is_there = match namespaces {
+        NamespaceMatch::Name(name) => name == namespace,
+        NamespaceMatch::Labels(selector) => meets(selector, labels),
+    };
+    is_there && meets(pods, &facts.labels)
+}
+
+fn meets(selector: &Selector, labels: &Labels) -> bool {
+    selector.requirements.iter().all(|requirement| {
+        let value = labels.get(&requirement.key);
+        match &requirement.operator {
+            Operator::In(values) => values.iter().any(|one| Some(one) == value),
+            Operator::NotIn(values) => !values.iter().any(|one| Some(one) == value),
+            Operator::Exists => value.is_some(),
+            Operator::DoesNotExist => value.is_none(),
+        }
+    })
+}
+
+/// Bit by bit.
+fn is_in(prefix: IpNet, address: IpAddr) -> bool {
+    let bits = |address: IpAddr| match address {
+        IpAddr::V4(v4) => u128::from(v4.to_bits()) << 96,
+        IpAddr::V6(v6) => v6.to_bits(),
+    };
+    let (one, other) = (bits(prefix.addr()), bits(address));
+    prefix.addr().is_ipv4() == address.is_ipv4()
+        && (0..prefix.prefix_len()).all(|bit| one << bit >> 127 == other << bit >> 127)
 }
 
 fn is_about(rule: &Rule, receiver: &End, purpose: Purpose) -> bool {

@@ -200,6 +200,7 @@ struct World {
     namespaces: BTreeMap<String, Labels>,
     endpoints: BTreeMap<IpAddr, (EndpointFacts, IdentityId)>,
     host: IpAddr,
+    host_facts: Option<(EndpointFacts, IdentityId)>,
 }
 
 impl World {
@@ -211,6 +212,7 @@ impl World {
             namespaces: BTreeMap::new(),
             endpoints: BTreeMap::new(),
             host: "10.0.0.1".parse().expect("an address"),
+            host_facts: None,
         };
         let default = *random.pick(&[TierDefault::Deny, TierDefault::Pass]);
         let own = Tier { name: "own".to_owned(), order: *random.pick(&[5, 700_000, 20_000_000]), default };
@@ -257,7 +259,16 @@ impl World {
                     self.compiler.change(&[id], Vec::new(), own);
                 }
             }
-            4 | 5 => self.add_endpoint(random),
+            4 => self.add_endpoint(random),
+            5 => {
+                // This node is another one, or nobody says which.
+                let facts = EndpointFacts { namespace: None, labels: labels(random), ports: Vec::new() };
+                let now = (!random.one_in(3)).then(|| (facts.clone(), self.compiler.acquire(&facts)));
+                self.compiler.set_host_node(now.as_ref().map(|(_, identity)| *identity));
+                if let Some((_, before)) = std::mem::replace(&mut self.host_facts, now) {
+                    self.compiler.release(before);
+                }
+            }
             6 => {
                 let name = *random.pick(&NAMESPACES);
                 let mut labels = labels(random);
@@ -282,7 +293,7 @@ impl World {
             _ => *self.endpoints.keys().nth(random.below(self.endpoints.len())).expect("an endpoint"),
         };
         let who = match self.endpoints.get(&address) {
-            _ if address == self.host => Who::Host,
+            _ if address == self.host => Who::Host(self.host_facts.as_ref().map(|(facts, _)| facts.clone())),
             Some((facts, _)) => {
                 let labels = facts.namespace.as_ref().map(|name| self.compiler.namespace_labels(name));
                 Who::Endpoint(facts.clone(), labels.unwrap_or_default())
@@ -298,7 +309,7 @@ impl World {
             Who::Endpoint(facts, _) if facts.namespace.is_some() => {
                 self.compiler.subject(self.endpoints[&own.address].1)
             }
-            Who::Host => self.compiler.host_subject(),
+            Who::Host(_) => self.compiler.host_subject(),
             _ => return true,
         };
         let set = if direction == Direction::Ingress { subject.ingress } else { subject.egress };

@@ -72,6 +72,9 @@ pub struct Compiler {
     pub(super) addresses: BTreeMap<(NetworkIndex, IpAddr), Owner>,
     /// Sets of this node's own stack: ingress, egress, and the same for what it forwards.
     pub(super) host_sets: [Option<u32>; 4],
+    /// The node that this one is.
+    pub(super) host_node: Option<IdentityId>,
+    pub(super) had_host_node: bool,
     pub(super) table: Classes,
     pub(crate) rules: RuleNumbers,
 }
@@ -191,6 +194,7 @@ impl Compiler {
                 }
             }
         }
+        self.settle_host_rows();
         if names_changed {
             let all: Vec<u32> = self.identities.keys().collect();
             all.into_iter().for_each(|identity| self.settle_class(identity));
@@ -328,6 +332,14 @@ impl Compiler {
                 let class = identity.class;
                 self.enter_address(class, key);
             }
+        }
+    }
+
+    /// Says which node this one is, for rules that select nodes.
+    pub fn set_host_node(&mut self, node: Option<IdentityId>) {
+        if self.host_node != node {
+            self.host_node = node;
+            self.settle_host_rows();
         }
     }
 

@@ -53,6 +53,7 @@ pub(crate) struct Set {
     pub(crate) users: usize,
     policies: Vec<Arc<Numbered>>,
     asks_for_names: bool,
+    names_nodes: bool,
     /// Rules in order: position in `policies`, position in the policy.
     rules: Vec<(u32, u32)>,
     /// Rules without peers.
@@ -75,12 +76,13 @@ const SPARES_HOST: &str = "networkpolicy";
 
 impl Set {
     /// Compiles a set; rows of classes are put in one by one. `term` numbers peers that are no prefixes, `universal` are those
-    /// that mean every pod.
+    /// that mean every pod, `host` those that mean this node.
     pub(crate) fn new(
         key: SetKey,
         policies: Vec<Arc<Numbered>>,
         term: impl Fn(&Peer) -> Option<u32>,
         universal: &[u32],
+        host: &[u32],
     ) -> Set {
         let is_egress = key.direction == Direction::Egress;
         let rules = policies.iter().flat_map(|policy| policy.policy.rules(key.direction).unwrap_or_default());
@@ -90,6 +92,7 @@ impl Set {
             key,
             users: 0,
             asks_for_names,
+            names_nodes: false,
             policies,
             rules: Vec::new(),
             for_all: Vec::new(),
@@ -116,6 +119,7 @@ impl Set {
                             prefixes.entry(*except).or_default().1.insert(mark);
                         }
                     } else if let Some(term) = term(peer) {
+                        set.names_nodes |= matches!(peer, Peer::Nodes(_));
                         let rules = set.by_term.entry(term).or_default();
                         if rules.last() != Some(&position) {
                             rules.push(position);
@@ -128,7 +132,7 @@ impl Set {
         let mut zones = Vec::new();
         for zone in 0..set.by_zone.len() as u32 {
             let mut usual = |mark: u32, terms: &[u32]| set.row(RowPeer { class: Class(mark), terms, ports: &[], zone });
-            let (pods, host, world) = (usual(Class::POD, universal), usual(Class::HOST, &[]), usual(0, &[]));
+            let (pods, host, world) = (usual(Class::POD, universal), usual(Class::HOST, host), usual(0, &[]));
             zones.push(Usual { pods, host, world });
         }
         set.table = Arc::new(PolicySet::new(table, zones));
@@ -192,6 +196,17 @@ impl Set {
         let row = self.row(peer);
         if *row != *self.table.row(peer.class, peer.zone) {
             Arc::make_mut(&mut self.table).insert(peer.class, peer.zone, row);
+        }
+    }
+
+    /// This node is meant by other selectors than before.
+    pub(crate) fn set_host(&mut self, terms: &[u32]) {
+        if !self.names_nodes {
+            return;
+        }
+        for zone in self.table.zones() {
+            let row = self.row(RowPeer { class: Class(Class::HOST), terms, ports: &[], zone });
+            Arc::make_mut(&mut self.table).set_host(zone, row);
         }
     }
 

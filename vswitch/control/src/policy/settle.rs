@@ -122,6 +122,21 @@ impl Compiler {
         self.leave_class(before, number);
     }
 
+    /// The selectors that mean this node.
+    fn host_terms(&self) -> Vec<u32> {
+        let identity = self.host_node.and_then(|id| self.identities.get(id.0));
+        identity.map(|identity| identity.terms.iter().copied().collect()).unwrap_or_default()
+    }
+
+    /// Tells all sets which selectors mean this node.
+    pub(super) fn settle_host_rows(&mut self) {
+        if self.host_node.is_some() || self.had_host_node {
+            let terms = self.host_terms();
+            self.sets.iter_mut().for_each(|(_, set)| set.set_host(&terms));
+        }
+        self.had_host_node = self.host_node.is_some();
+    }
+
     fn make_class(&mut self, looks: Looks) -> u32 {
         let entry = ClassEntry { looks: looks.clone(), identities: BTreeSet::new() };
         let class = self.classes.insert(entry);
@@ -289,7 +304,7 @@ impl Compiler {
             Peer::Pods { namespaces: NamespaceMatch::Labels(Selector::default()), pods: Selector::default() };
         let universal: Vec<u32> = self.terms.number(&everybody).into_iter().collect();
         let terms = &self.terms;
-        let mut set = Set::new(key.clone(), policies, |peer| terms.number(peer), &universal);
+        let mut set = Set::new(key.clone(), policies, |peer| terms.number(peer), &universal, &self.host_terms());
         // Those that only "every pod" means have the usual row.
         let named: Vec<u32> = set.terms().filter(|term| !universal.contains(term)).collect();
         let mut classes: BTreeSet<u32> =

@@ -215,6 +215,7 @@ impl PolicyStore {
             self.claims.entry(key).or_default().is_host = self.host_addresses.contains(&key);
             self.settle(key.0, key.1);
         }
+        self.settle_host_node();
         true
     }
 
@@ -265,6 +266,7 @@ impl PolicyStore {
             self.settle(key.0, key.1);
         }
         self.follow_name(&name);
+        self.settle_host_node();
         if let Some(before) = before {
             self.compiler.release(before.identity);
         }
@@ -274,6 +276,7 @@ impl PolicyStore {
         let Some(entry) = self.endpoints.remove(name) else { return };
         entry.claims.iter().for_each(|&key| self.unclaim(key, name));
         self.follow_name(name);
+        self.settle_host_node();
         self.compiler.release(entry.identity);
     }
 
@@ -297,6 +300,14 @@ impl PolicyStore {
             addresses.into_iter().for_each(|address| self.settle(network, address));
             self.compiler.release(before);
         }
+    }
+
+    /// This node is the one that was told of with one of its addresses.
+    fn settle_host_node(&mut self) {
+        let claims = self.host_addresses.iter().filter_map(|key| self.claims.get(key));
+        let node = claims.flat_map(|claims| &claims.endpoints).rev().find(|name| name.namespace.is_none());
+        let identity = node.and_then(|name| self.endpoints.get(name)).map(|endpoint| endpoint.identity);
+        self.compiler.set_host_node(identity);
     }
 
     /// Gives an address the owner that it has now.

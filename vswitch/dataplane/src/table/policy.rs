@@ -167,6 +167,13 @@ impl PolicySet {
         }
     }
 
+    /// Gives this node another row in a zone.
+    pub fn set_host(&mut self, zone: u32, row: Row) {
+        if let Some(usual) = self.zones.get_mut(zone as usize) {
+            usual.host = row;
+        }
+    }
+
     /// True if a class has a row of its own in a zone.
     pub fn has(&self, class: Class, zone: u32) -> bool {
         let key = key(class, zone);
