@@ -153,7 +153,7 @@ fn what_is_wrong_is_refused_whole_with_file_line_and_field() {
         ("kind: Tier\napiVersion: vswitch.io/v1alpha1\nmetadata: {name: admin}\nspec: {order: 1}\n".to_owned(), "is always there"),
         (
             "kind: SwitchPolicy\napiVersion: vswitch.io/v1alpha1\nmetadata: {name: x}\nspec: {tier: none, subject: {host: {}}}\n".to_owned(),
-            "shop.yaml:1: spec.tier: there is no tier \"none\"",
+            "shop.yaml:4: spec.tier: there is no tier \"none\"",
         ),
         (
             "kind: ClusterNetworkPolicy\napiVersion: policy.networking.k8s.io/v1alpha2\nmetadata: {name: x}\nspec:\n  tier: Admin\n  priority: 1\n  subject: {namespaces: {}}\n  egress:\n  - action: Accept\n    to: [{domainNames: [example.org]}]\n".to_owned(),
@@ -272,6 +272,28 @@ spec:
     let told = observe(&mut switch, ObserveFilter::default()).len() as u64;
     assert!((100..400).contains(&told), "{told}");
     assert!(switch.counters().events_lost >= 600, "{}", switch.counters().events_lost);
+}
+
+#[test]
+fn endpoints_have_names_labels_and_ports_as_kubernetes_has_them() {
+    let (mut switch, _) = shop();
+    for (wrong, wanted) in [
+        (r#"{"name":"A_b"}"#, "name: \"A_b\" is no name"),
+        (r#"{"name":""}"#, "is no name"),
+        (r#"{"name":"a","labels":{"a b":"c"}}"#, "labels: \"a b=c\" is no label"),
+        (r#"{"name":"a","labels":{"":"c"}}"#, "is no label"),
+        (r#"{"name":"a","labels":{"a":"c d"}}"#, "is no label"),
+        (r#"{"name":"a","ports":[{"name":"http","port":0}]}"#, "ports: \"http=0\" is no named port"),
+        (r#"{"name":"a","addresses":["224.0.0.1"]}"#, "addresses"),
+        (r#"{"name":"a","network":"none"}"#, "no network \"none\""),
+    ] {
+        let error = switch.ask_json(&format!(r#"{{"op":"endpoint_set","endpoints":[{wrong}]}}"#)).unwrap_err();
+        assert!(error.message.contains(wanted), "{error}");
+    }
+    // A tier has a place of its own.
+    let tier = "apiVersion: vswitch.io/v1alpha1\nkind: Tier\nmetadata: {name: t}\nspec:\n  order: 1000\n";
+    let error = apply(&mut switch, tier).unwrap_err();
+    assert!(error.message.contains("shop.yaml:5: spec.order: 1000 is tier \"admin\"'s"), "{error}");
 }
 
 #[test]
@@ -405,6 +427,11 @@ spec:
     assert_eq!(to_host(&mut switch, pod, "203.0.113.7", 22, SYN), None, "failsafe");
     assert_eq!(of_host(&mut switch, "203.0.113.7", 5000, Layer4::Udp), Some(DropReason::PolicyDenied));
     assert_eq!(of_host(&mut switch, "203.0.113.7", 53, Layer4::Udp), None, "failsafe");
+    // No object can take the place of what keeps them open.
+    let other = "apiVersion: vswitch.io/v1alpha1\nkind: SwitchPolicy\nmetadata: {name: failsafe}\nspec: {subject: {namespaces: {}}, ingress: [{action: Log}]}\n";
+    apply(&mut switch, other).unwrap();
+    switch.ask_json(r#"{"op":"policy_delete","objects":[{"kind":"SwitchPolicy","name":"failsafe"}]}"#).unwrap();
+    assert_eq!(to_host(&mut switch, pod, "10.1.0.254", 22, SYN), None, "failsafe");
     let explained = explain(&mut switch, "shop/db", "host", "tcp/22");
     assert!(explained.is_allowed && explained.ends[1].reason.contains("failsafe"), "{explained:?}");
     // What the host only forwards is no business of its own, unless the policy says so.
@@ -413,6 +440,8 @@ spec:
     apply(&mut switch, &host(true)).unwrap();
     assert_eq!(to_host(&mut switch, pod, "198.51.100.1", 82, SYN), Some(DropReason::PolicyDenied));
     assert_eq!(of_host(&mut switch, "198.51.100.1", 5002, Layer4::Udp), Some(DropReason::PolicyDenied));
+    let explained = explain(&mut switch, "shop/db", "198.51.100.1", "tcp/82");
+    assert!(!explained.is_allowed && explained.ends[1].reason.contains("SwitchPolicy node"), "{explained:?}");
 }
 
 #[test]

@@ -386,7 +386,10 @@ fn switchctl_applies_explains_and_observes() {
     let run = |arguments: &[&str]| daemon.run_ctl(arguments);
     run(&["endpoint", "set", &names[1], "--label", "guard=yes", "--named-port", "web=tcp/80"]).unwrap();
     let diff = run(&["policy", "diff", "--file", &file]).unwrap();
-    assert!(diff.contains("NetworkPolicy default/guard created") && diff.contains("+  podSelector:"), "{diff}");
+    assert!(
+        diff.contains("NetworkPolicy default/guard would be created") && diff.contains("+  podSelector:"),
+        "{diff}"
+    );
     assert_eq!(run(&["policy", "apply", "--file", &file]).unwrap(), "NetworkPolicy default/guard created\n");
     let list = run(&["policy", "list"]).unwrap();
     assert!(list.contains("default/guard") && list.contains("networkpolicy"), "{list}");

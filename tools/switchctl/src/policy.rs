@@ -14,8 +14,8 @@ use serde_json::Value;
 use similar::TextDiff;
 use vswitch_api::{
     Answer, ChangeInfo, Client, ConnectionFilter, ConnectionsInfo, EndpointInfo, EndpointName, EndpointSpec,
-    ExplainInfo, ExplainSpec, FlowEvent, NamedPort, ObjectName, ObserveFilter, PolicyDetail, PolicyDocument,
-    PolicyInfo, Protocol, Request,
+    ExplainInfo, ExplainSpec, FlowEvent, MAX_LINE_BYTES, NamedPort, ObjectName, ObserveFilter, PolicyDetail,
+    PolicyDocument, PolicyInfo, Protocol, Request,
 };
 
 use crate::arguments::{Format, parse_label};
@@ -131,7 +131,7 @@ pub(crate) enum ConnectionCommand {
         #[arg(long, default_value_t = 1000)]
         limit: usize,
     },
-    /// Forgets connections: what goes on is judged anew.
+    /// Forgets connections. Between ends with policies TCP must then begin anew.
     Delete {
         #[command(flatten)]
         filter: Filter,
@@ -187,8 +187,14 @@ impl Filter {
 
 impl Name {
     fn object(&self) -> ObjectName {
-        ObjectName { kind: self.kind.clone(), namespace: Some(self.namespace.clone()), name: self.name.clone() }
+        object_name(&self.kind, &self.namespace, &self.name)
     }
+}
+
+/// A name as it is asked for, or as `list` prints it: NAMESPACE/NAME.
+fn object_name(kind: &str, namespace: &str, name: &str) -> ObjectName {
+    let (namespace, name) = name.split_once('/').unwrap_or((namespace, name));
+    ObjectName { kind: kind.to_owned(), namespace: Some(namespace.to_owned()), name: name.to_owned() }
 }
 
 /// Sends what a command asks.
@@ -199,8 +205,7 @@ pub(crate) fn policy(client: &mut Client, command: &PolicyCommand) -> anyhow::Re
         PolicyCommand::Apply { files } => Request::PolicyApply { documents: documents(files)?, dry_run: false },
         PolicyCommand::Diff { files } => Request::PolicyApply { documents: documents(files)?, dry_run: true },
         PolicyCommand::Delete { kind: Some(kind), name, namespace, .. } => {
-            let name = name.clone().unwrap_or_default();
-            let object = ObjectName { kind: kind.clone(), namespace: Some(namespace.clone()), name };
+            let object = object_name(kind, namespace, name.as_deref().unwrap_or_default());
             Request::PolicyDelete { objects: vec![object] }
         }
         PolicyCommand::Delete { files, .. } => {
@@ -246,9 +251,10 @@ pub(crate) fn observe(client: &mut Client, observe: &Observe, format: Format) ->
         verdict: observe.verdict.clone(),
         reason: observe.reason.clone(),
     };
-    let mut after = None;
+    let (mut after, mut known_lost) = (None, None);
     loop {
-        let Answer::Events { events, last } = client.call(Request::Observe { after, filter: filter.clone() })? else {
+        let Answer::Events { events, last, lost } = client.call(Request::Observe { after, filter: filter.clone() })?
+        else {
             anyhow::bail!("the daemon answered something else")
         };
         let mut out = io::stdout().lock();
@@ -257,6 +263,10 @@ pub(crate) fn observe(client: &mut Client, observe: &Observe, format: Format) ->
                 Format::Json => writeln!(out, "{}", serde_json::to_string(event)?)?,
                 Format::Text => print_event(&mut out, event)?,
             }
+        }
+        let before = known_lost.replace(lost).unwrap_or(if observe.last { 0 } else { lost });
+        if lost > before {
+            eprintln!("{} more that were not told: too many at once", lost - before);
         }
         out.flush()?;
         drop(out);
@@ -273,7 +283,7 @@ impl EndpointSet {
     fn endpoints(&self) -> anyhow::Result<Vec<EndpointSpec>> {
         if let Some(file) = &self.file {
             let text = read(file)?;
-            return serde_json::from_str(&text).with_context(|| {
+            return endpoints_of(&text).with_context(|| {
                 format!("{}: no list of endpoints, as [{{\"namespace\":\"x\",\"name\":\"a\"}}]", file.display())
             });
         }
@@ -287,6 +297,18 @@ impl EndpointSet {
             ports: self.ports.clone(),
         }])
     }
+}
+
+/// A list of endpoints, or what `endpoint list -o json` prints.
+fn endpoints_of(text: &str) -> anyhow::Result<Vec<EndpointSpec>> {
+    let value: Value = serde_json::from_str(text)?;
+    let listed = value.get("endpoints").cloned().unwrap_or(value);
+    let mut list: Vec<Value> = serde_json::from_value(listed)?;
+    for endpoint in list.iter_mut().filter_map(Value::as_object_mut) {
+        // What the list tells beside what can be told.
+        ["identity", "link", "is_isolated"].iter().for_each(|field| drop(endpoint.remove(*field)));
+    }
+    Ok(serde_json::from_value(Value::Array(list))?)
 }
 
 fn endpoint_name(text: &str) -> EndpointName {
@@ -322,6 +344,10 @@ fn documents(paths: &[PathBuf]) -> anyhow::Result<Vec<PolicyDocument>> {
             all.push(PolicyDocument { text: read(&file)?, file: file.display().to_string() });
         }
     }
+    let bytes: usize = all.iter().map(|document| document.text.len()).sum();
+    // Quotes and line ends take more room in a request.
+    let most = MAX_LINE_BYTES * 3 / 4;
+    anyhow::ensure!(bytes < most, "{bytes} bytes of objects are too many at once: at most {most}; apply them in parts");
     Ok(all)
 }
 
@@ -347,7 +373,7 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_verbose: bool) -> 
         Answer::Explained(explained) => print_explained(out, explained, is_verbose)?,
         Answer::Endpoints { endpoints } => table(
             out,
-            ["ENDPOINT", "IDENTITY", "LINK", "NETWORK", "ADDRESSES", "LABELS", "NAMED PORTS", "ISOLATED"],
+            ["ENDPOINT", "IDENTITY", "LINK", "NETWORK", "ADDRESSES", "LABELS", "NAMED PORTS", "POLICIES FOR"],
             endpoints.iter().map(endpoint_row),
         )?,
         Answer::Connections(info) => print_connections(out, info)?,
@@ -401,7 +427,8 @@ fn endpoint_row(endpoint: &EndpointInfo) -> Vec<String> {
 }
 
 fn print_change(out: &mut impl Write, change: &ChangeInfo, is_diff: bool) -> io::Result<()> {
-    writeln!(out, "{} {}", change.name, change.change)?;
+    let word = if is_diff && change.change != "unchanged" { "would be " } else { "" };
+    writeln!(out, "{} {word}{}", change.name, change.change)?;
     if !is_diff || change.change == "unchanged" {
         return Ok(());
     }

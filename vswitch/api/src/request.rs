@@ -627,8 +627,13 @@ impl std::fmt::Display for Request {
                 write!(f, "policy {} {}", if *dry_run { "diff" } else { "apply" }, files.join(","))
             }
             Request::PolicyDelete { objects } => {
-                let names: Vec<String> = objects.iter().map(ToString::to_string).collect();
-                write!(f, "policy delete {}", names.join(", "))
+                let names: Vec<String> = objects.iter().take(10).map(ToString::to_string).collect();
+                let more = if objects.len() > 10 { format!(" and {} more", objects.len() - 10) } else { String::new() };
+                write!(f, "policy delete {}{more}", names.join(", "))
+            }
+            Request::ConnectionDel { filter } => {
+                let filter = serde_json::to_string(filter).unwrap_or_default();
+                write!(f, "connection del {filter}")
             }
             Request::EndpointSet { endpoints } => write!(f, "endpoint set, {}", endpoints.len()),
             Request::EndpointDel { endpoints } => write!(f, "endpoint del, {}", endpoints.len()),

@@ -99,6 +99,8 @@ pub enum Answer {
         events: Vec<FlowEvent>,
         /// The number of the last event there was, to ask for those after it.
         last: u64,
+        /// News of workers that were lost since the start, for there were too many.
+        lost: u64,
     },
     /// To `stats`.
     Stats(Box<StatsInfo>),

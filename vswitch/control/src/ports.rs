@@ -21,6 +21,7 @@ impl Control {
     pub(crate) fn add_port(&mut self, mut spec: PortSpec, backend: &mut dyn Backend) -> Result<Answer, ApiError> {
         let network = self.desired.network(spec.network.as_deref())?.clone();
         self.check_port(&spec, &network)?;
+        self.check_pod(&spec)?;
         let allocated = self.allocate(&mut spec, &network)?;
         let id = self.desired.free_port().ok_or_else(|| exhausted("all 65534 port numbers are in use"))?;
         spec.network = Some(network.spec.name.clone());
@@ -30,6 +31,20 @@ impl Control {
             self.desired.cursors.insert((network.spec.name.clone(), range), ipam::number(address));
         }
         self.port_info(id).map(|info| Answer::Port(Box::new(info)))
+    }
+
+    /// A new pod's labels must be known, where that is wanted. One that was here before stays.
+    fn check_pod(&self, spec: &PortSpec) -> Result<(), ApiError> {
+        let pod = port_name(spec);
+        if self.config.requires_endpoints && is_of_runtime(spec) && !self.policy.knows(&pod) {
+            return Err(ApiError::new(
+                ErrorCode::Unavailable,
+                format!(
+                    "pod {pod} is not known yet: tell of its labels first (`switchctl endpoint set {pod}`, or a Pod object)"
+                ),
+            ));
+        }
+        Ok(())
     }
 
     /// Everything that can be wrong with a port.
@@ -42,13 +57,6 @@ impl Control {
             return Err(conflict(format!("link {} is the uplink: name a pod's link", spec.link)));
         }
         self.check_port_options(spec, network)?;
-        let pod = port_name(spec);
-        if self.config.requires_endpoints && is_of_runtime(spec) && !self.policy.knows(&pod) {
-            return Err(ApiError::new(
-                ErrorCode::Unavailable,
-                format!("pod {pod} is not known yet: its labels must be told first (`endpoint_set`, or a Pod object)"),
-            ));
-        }
         let own = routers(&network.spec);
         if let Some(attachment) = &spec.attachment
             && let Some(other) =

@@ -57,7 +57,7 @@ impl Control {
             Request::PolicyExplain(spec) => Answer::Explained(Box::new(self.explain(&spec)?)),
             Request::EndpointList => Answer::Endpoints { endpoints: self.endpoint_list() },
             Request::ConnectionList { filter, limit } => self.connection_list(now_ns, &filter, limit, backend)?,
-            Request::Observe { after, filter } => self.observe(after, &filter)?,
+            Request::Observe { after, filter } => self.observe(after, &filter, &backend.sample())?,
             Request::Stats => Answer::Stats(Box::new(self.stats(&backend.sample()))),
             Request::Drops => Answer::Drops { drops: self.drops(&backend.sample()) },
             other => return Err(ApiError::new(ErrorCode::BadRequest, format!("{other:?} is no question"))),

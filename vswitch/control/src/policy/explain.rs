@@ -103,7 +103,11 @@ impl Control {
             let name = self.policy.port(id).map_or_else(|| text.to_owned(), |(name, ..)| name.to_string());
             return Ok(End { text: name, network: Some(port.network), address, who: Who::Port(id) });
         }
-        if let Some((name, endpoint, facts, _)) = self.policy.endpoints().find(|(name, ..)| name.to_string() == text) {
+        if let Some((name, endpoint, facts, _)) = self
+            .policy
+            .endpoints()
+            .find(|(name, ..)| name.to_string() == text || (name.namespace.is_none() && name.name == text))
+        {
             let Some(&address) = endpoint.addresses.first() else {
                 return Err(invalid(format!("{field}: {text} has no address that is known yet")));
             };
@@ -174,6 +178,11 @@ impl Control {
                 (set, self.policy.subject(id))
             }
             Who::Host => (compiler.host_sets()[at], compiler.host_subject()),
+            // What leaves by this node's stack is forwarded by it, if policies ask for that.
+            Who::World if self.host_network().is_some_and(|host| host.index == network) => {
+                let forwarded = compiler.host_subject().forwarded;
+                (compiler.host_sets()[2 + at], forwarded.map(|subject| (*subject).clone()).unwrap_or_default())
+            }
             Who::Endpoint(_) | Who::World => (None, Default::default()),
         };
         let table = if at == 0 { &subject.ingress } else { &subject.egress };
@@ -192,7 +201,7 @@ impl Control {
                 end.reason = "it is on another node, whose switch judges it".to_owned();
                 return end;
             }
-            Who::World => {
+            Who::World if set.is_none() => {
                 end.reason = "it is none of ours: no policy speaks of it".to_owned();
                 return end;
             }
@@ -242,6 +251,7 @@ impl Control {
             PeerFacts { endpoint: peer.as_ref().map(|(labels, facts)| (facts, labels)), address: other.address };
         let receiver = if direction == Direction::Ingress { facts(own) } else { facts(other) };
         let names: Vec<NamedPort> = receiver.map(|facts| facts.ports).unwrap_or_default();
+        let mut spared = Vec::new();
         let mut at = 0;
         while at < policies.len() {
             let tier = &policies[at].policy.tier;
@@ -249,6 +259,7 @@ impl Control {
             let here = &policies[at..at + of_tier];
             at += of_tier;
             if is_with_node && tier == "networkpolicy" {
+                spared.extend(here.iter().map(|one| one.policy.id.to_string()));
                 continue;
             }
             let mut is_passed = false;
@@ -293,6 +304,9 @@ impl Control {
                 return (false, format!("isolated by {}, and no rule of tier {tier} allows it", names.join(", ")));
             }
         }
+        if !spared.is_empty() {
+            return (true, format!("NetworkPolicies do not keep pods from their own node ({})", spared.join(", ")));
+        }
         (true, "no rule matches, and what no rule matches is allowed".to_owned())
     }
 
@@ -307,11 +321,14 @@ impl Control {
                 rule.object, rule.file, rule.line, rule.path
             ),
             None => match end.rules.iter().find(|rule| rule.why.starts_with("port")) {
-                Some(near) => format!(
+                Some(near) if matches!(purpose.protocol, protocol::TCP | protocol::UDP | protocol::SCTP) => format!(
                     "add {purpose} to the ports of {} at {}:{} ({}), or another rule that {wanted}",
                     near.object, near.file, near.line, near.path
                 ),
-                None => format!("add a rule to a policy of {} that {wanted}", end.endpoint),
+                _ => format!(
+                    "add a rule that {wanted} to a policy of {}, in this tier or an earlier one (SwitchPolicy can name any protocol)",
+                    end.endpoint
+                ),
             },
         }
     }
@@ -403,7 +420,7 @@ pub(crate) fn pods_text(namespaces: &NamespaceMatch, pods: &Selector) -> String 
     let what = if pods.is_empty() { "all pods".to_owned() } else { format!("pods {pods}") };
     match namespaces {
         NamespaceMatch::Name(name) => format!("{what} of {name}"),
-        NamespaceMatch::Labels(selector) if selector.is_empty() => what,
+        NamespaceMatch::Labels(selector) if selector.is_empty() => format!("{what} of all namespaces"),
         NamespaceMatch::Labels(selector) => format!("{what} of namespaces {selector}"),
     }
 }

@@ -4,13 +4,14 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 
 use vswitch_api::{Answer, ApiError, FlowEvent, ObserveFilter};
-use vswitch_dataplane::FlowNews;
 use vswitch_dataplane::table::policy::RuleId;
+use vswitch_dataplane::{DropReason, FlowNews};
 use vswitch_net::{NetworkIndex, PortId};
 
 use super::row::protocol_name;
+use crate::backend::WorkerSample;
 use crate::checks::invalid;
-use crate::{Control, HOST_PORT, is_uplink};
+use crate::{Control, is_uplink};
 
 /// Events that are kept for those who ask.
 const KEPT: usize = 4096;
@@ -53,20 +54,37 @@ impl Control {
         self.observed.events.push_back(event);
     }
 
-    pub(crate) fn observe(&self, after: Option<u64>, filter: &ObserveFilter) -> Result<Answer, ApiError> {
+    pub(crate) fn observe(
+        &self,
+        after: Option<u64>,
+        filter: &ObserveFilter,
+        workers: &[WorkerSample],
+    ) -> Result<Answer, ApiError> {
         if let Some(verdict) = &filter.verdict
             && !["denied", "allowed"].contains(&verdict.as_str())
         {
             return Err(invalid(format!("verdict: \"{verdict}\" is not known: use denied or allowed")));
         }
+        if let Some(reason) = &filter.reason
+            && !DropReason::ALL.iter().any(|known| known.name() == reason)
+        {
+            return Err(invalid(format!(
+                "reason: \"{reason}\" is not known: `switchctl drops` names those that happen"
+            )));
+        }
+        let endpoint = filter.endpoint.as_ref().map(|end| {
+            let port = self.desired.port_of_link(end).and_then(|port| self.policy.port(port));
+            port.map_or_else(|| end.clone(), |(name, ..)| name.to_string())
+        });
         let is_wanted = |event: &&FlowEvent| {
             event.number > after.unwrap_or(0)
                 && filter.verdict.as_ref().is_none_or(|verdict| event.verdict == *verdict)
                 && filter.reason.as_ref().is_none_or(|reason| event.reason.as_ref() == Some(reason))
-                && filter.endpoint.as_ref().is_none_or(|end| is_end(event, end))
+                && endpoint.as_ref().is_none_or(|end| is_end(event, end))
         };
         let events = self.observed.events.iter().filter(is_wanted).cloned().collect();
-        Ok(Answer::Events { events, last: self.observed.last })
+        let lost = workers.iter().map(|worker| worker.counters.events_lost).sum();
+        Ok(Answer::Events { events, last: self.observed.last, lost })
     }
 
     /// A rule in words: object, place and line.
@@ -93,7 +111,6 @@ impl Control {
             return name;
         }
         match port {
-            Some(HOST_PORT) => "host".to_owned(),
             Some(port) if !is_uplink(port) && self.desired.ports.contains_key(&port) => self.desired.link_name(port),
             _ => "world".to_owned(),
         }

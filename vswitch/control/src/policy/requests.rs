@@ -10,7 +10,7 @@ use vswitch_api::{
 use vswitch_dataplane::RuleCounters;
 use vswitch_dataplane::table::policy::RuleId;
 use vswitch_net::{NetworkIndex, PortId};
-use vswitch_policy::{Action, Direction, Kind, Object, Policy, PolicyId, Read, Subject, Tier, reread};
+use vswitch_policy::{Action, Direction, Kind, Object, Policy, PolicyId, Read, Subject, Tier, reread, text::line_of};
 
 use super::rules::RuleKey;
 use super::store::{JournalEntry, endpoint_name, name_of, object_of};
@@ -70,10 +70,13 @@ impl Control {
             {
                 return Err(invalid(format!(
                     "{}:{}: spec.tier: there is no tier \"{}\": apply one of kind Tier first, or with it",
-                    read.source.file, read.source.line, policy.tier
+                    read.source.file,
+                    line_of(&read.lines, "spec.tier"),
+                    policy.tier
                 )));
             }
         }
+        self.check_tiers(&reads)?;
         let changes = reads.iter().map(|read| {
             let before = self.policy.objects.get(&read.id).map(|before| before.value.clone());
             let change = match &before {
@@ -85,6 +88,24 @@ impl Control {
         });
         let changes = changes.collect();
         Ok((reads, changes))
+    }
+
+    /// Which tier comes first must not be left to their names.
+    fn check_tiers(&self, reads: &[Read]) -> Result<(), ApiError> {
+        let mut orders: BTreeMap<String, i64> =
+            self.policy.compiler.tiers().into_iter().map(|tier| (tier.name.clone(), tier.order)).collect();
+        for read in reads {
+            let Object::Tier(tier) = &read.object else { continue };
+            orders.insert(tier.name.clone(), tier.order);
+            if let Some((other, _)) = orders.iter().find(|(name, order)| **order == tier.order && **name != tier.name) {
+                let line = line_of(&read.lines, "spec.order");
+                let (file, order) = (&read.source.file, tier.order);
+                return Err(invalid(format!(
+                    "{file}:{line}: spec.order: {order} is tier \"{other}\"'s: choose another place"
+                )));
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn delete_policies(&mut self, names: &[ObjectName], backend: &mut dyn Backend) -> Applied {
@@ -152,9 +173,7 @@ impl Control {
 
     pub(crate) fn set_endpoints(&mut self, endpoints: Vec<EndpointSpec>) -> Applied {
         for spec in &endpoints {
-            if spec.name.is_empty() {
-                return Err(invalid("name: an endpoint has a name"));
-            }
+            check_endpoint(spec)?;
             if let Some(network) = &spec.network {
                 self.desired.network(Some(network))?;
             }
@@ -415,6 +434,36 @@ impl Control {
     }
 }
 
+/// Names, labels and ports as Kubernetes has them.
+fn check_endpoint(spec: &EndpointSpec) -> Result<(), ApiError> {
+    let is_name = |name: &str| {
+        let is_word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.');
+        !name.is_empty() && name.len() <= 253 && name.chars().all(is_word)
+    };
+    let is_word = |word: &str| {
+        let is_inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        word.len() <= 63 && word.chars().all(is_inner)
+    };
+    if let Some(name) = spec.namespace.iter().chain([&spec.name]).find(|name| !is_name(name)) {
+        return Err(invalid(format!("name: \"{name}\" is no name: use lower case letters, digits, '-' and '.'")));
+    }
+    for (key, value) in &spec.labels {
+        let name = key.rsplit('/').next().unwrap_or_default();
+        if name.is_empty() || !is_word(name) || !is_word(value) || key.matches('/').count() > 1 {
+            return Err(invalid(format!(
+                "labels: \"{key}={value}\" is no label: use at most 63 letters, digits, '-', '_' and '.'"
+            )));
+        }
+    }
+    match spec.ports.iter().find(|port| port.port == 0 || !is_name(&port.name) || port.name.len() > 15) {
+        Some(port) => Err(invalid(format!(
+            "ports: \"{}={}\" is no named port: at most 15 lower case letters, digits and '-', and 1 to 65535",
+            port.name, port.port
+        ))),
+        None => Ok(()),
+    }
+}
+
 fn sum_rules(workers: &[WorkerSample]) -> BTreeMap<u32, RuleCounters> {
     let mut sums: BTreeMap<u32, RuleCounters> = BTreeMap::new();
     for worker in workers {
@@ -457,6 +506,9 @@ pub(crate) fn direction_name(direction: Direction) -> &'static str {
     }
 }
 
+/// No name that an object may have.
+const FAILSAFE_NAME: &str = "(failsafe)";
+
 /// The policy that keeps ports of this node open, whatever others say.
 pub(crate) fn failsafe(Failsafe { inbound, outbound }: &Failsafe) -> Option<Policy> {
     let rules = |ports: &[(u8, u16)], field: &str| {
@@ -475,7 +527,7 @@ pub(crate) fn failsafe(Failsafe { inbound, outbound }: &Failsafe) -> Option<Poli
     };
     let (ingress, egress) = (rules(inbound, "inbound"), rules(outbound, "outbound"));
     (ingress.is_some() || egress.is_some()).then(|| Policy {
-        id: PolicyId { kind: Kind::SwitchPolicy, namespace: None, name: "failsafe".to_owned() },
+        id: PolicyId { kind: Kind::SwitchPolicy, namespace: None, name: FAILSAFE_NAME.to_owned() },
         source: vswitch_policy::Source { file: "the configuration".to_owned(), line: 0 },
         tier: super::compiler::FAILSAFE.to_owned(),
         order: 0,

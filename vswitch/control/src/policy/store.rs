@@ -180,7 +180,7 @@ impl PolicyStore {
     /// A port comes.
     pub(crate) fn add_port(&mut self, port: PortId, network: NetworkIndex, spec: &PortSpec) {
         let (name, own) = (port_name(spec), port_facts(spec));
-        let facts = self.endpoints.get(&name).map_or(&own, |endpoint| &endpoint.facts).clone();
+        let facts = self.endpoints.get(&name).map_or_else(|| own.clone(), |told| told_of(&told.facts, &own));
         let identity = self.compiler.acquire(&facts);
         // It may speak from its link-local address, too, where links are shared.
         let link_local = IpAddr::V6(spec.mac.link_local());
@@ -291,9 +291,9 @@ impl PolicyStore {
     fn follow_name(&mut self, name: &EndpointName) {
         let named: Vec<PortId> = self.ports.iter().filter(|(_, port)| port.name == *name).map(|(&id, _)| id).collect();
         for id in named {
-            let told = self.endpoints.get(name).map(|endpoint| endpoint.facts.clone());
+            let told = self.endpoints.get(name).map(|endpoint| &endpoint.facts);
             let Some(port) = self.ports.get_mut(&id) else { continue };
-            let facts = told.unwrap_or_else(|| port.own.clone());
+            let facts = told.map_or_else(|| port.own.clone(), |told| told_of(told, &port.own));
             let now = self.compiler.acquire(&facts);
             let before = std::mem::replace(&mut port.identity, now);
             let (network, addresses) = (port.network, port.addresses.clone());
@@ -354,6 +354,12 @@ pub(crate) fn port_name(spec: &PortSpec) -> EndpointName {
     // A port without a pod is called by its link.
     let name = spec.labels.get(POD_NAME).cloned().unwrap_or_else(|| spec.link.clone());
     EndpointName { namespace: Some(namespace), name }
+}
+
+/// What is told of a pod counts; ports that nobody tells of have the names that the pod came with.
+fn told_of(told: &EndpointFacts, own: &EndpointFacts) -> EndpointFacts {
+    let ports = if told.ports.is_empty() { own.ports.clone() } else { told.ports.clone() };
+    EndpointFacts { ports, ..told.clone() }
 }
 
 /// True for a port whose pod has a name in its cluster.
