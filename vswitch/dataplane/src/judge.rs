@@ -12,16 +12,17 @@
 //! An end with policies is *policed*. Between ends that are not, connections are followed, so that a policy that comes later
 //! finds out who began them, but nothing is dropped for what a connection is or is not.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
-use vswitch_net::{NetworkIndex, PortId, checksum};
+use vswitch_net::{NetworkIndex, PortId};
 use vswitch_xsk::{Packet, Umem};
 
 use crate::connection::{Connections, ELSEWHERE, Entry, State, Tuple, quoted, tcp};
 use crate::decide::is_discovery;
 use crate::icmp;
-use crate::meta::{Checksum, Kind, Meta};
-use crate::parse::{ICMP, ICMPV6, IGMP, SCTP, TCP, UDP, byte_at, u16_at};
+use crate::intact::is_intact;
+use crate::meta::{Kind, Meta};
+use crate::parse::{ICMP, ICMPV6, IGMP, SCTP, TCP, byte_at};
 use crate::snapshot::{SenderCheck, Snapshot};
 use crate::table::flow::NO_WINDOW;
 use crate::table::policy::{Class, Judgement, RuleId, Subject};
@@ -121,7 +122,7 @@ pub(crate) fn admit(passage: &Passage<'_>) -> Result<Admitted, Refused> {
     let is_policed = from.is_policed() || to.is_policed();
     // What changes nothing is its receiver's to check.
     let is_change = meta.is_control || icmp::is_error(meta);
-    if is_policed && is_change && !is_checksum_right(passage) {
+    if is_policed && is_change && !is_intact(passage.packet, passage.umem, meta) {
         return Err(DropReason::BadChecksum.into());
     }
     if icmp::is_error(meta) {
@@ -237,7 +238,7 @@ fn follow<'a>(
         connections.remove(&mut shard, at);
     }
     // Nothing is known of it.
-    if is_policed && !is_checksum_right(passage) {
+    if is_policed && !is_intact(passage.packet, passage.umem, meta) {
         return Err(DropReason::BadChecksum.into());
     }
     let begins = match (tuple.is_echo, &segment, meta.protocol) {
@@ -496,58 +497,4 @@ fn port_back(meta: &Meta) -> u16 {
         ICMPV6 => 128 << 8,
         _ => ports.source,
     }
-}
-
-/// Whether the layer 4 checksum is right, as far as one packet tells. A partial one will be.
-fn is_checksum_right(passage: &Passage<'_>) -> bool {
-    let Passage { meta, packet, umem, .. } = *passage;
-    if meta.fragment.is_some() || !matches!(meta.checksum, Checksum::Complete) {
-        return true;
-    }
-    let head = packet.head().data();
-    let (start, end) = (usize::from(meta.l4), usize::from(meta.l3) + meta.l3_len as usize);
-    let is_unused = meta.protocol == UDP && u16_at(head, start + 6) == Ok(0);
-    let has_pseudo = match meta.protocol {
-        TCP | UDP => !is_unused,
-        ICMPV6 => true,
-        ICMP => false,
-        // SCTP has a CRC, which its receiver looks at (RFC 9260 section 6.8).
-        _ => return true,
-    };
-    if is_unused {
-        return true;
-    }
-    let Some(first) = head.get(start..end.min(head.len())) else { return true };
-    let mut sum = checksum::sum(first);
-    let mut rest = end.saturating_sub(head.len());
-    let mut is_odd = first.len() % 2 == 1;
-    for piece in umem.tail(packet) {
-        let piece = &piece[..piece.len().min(rest)];
-        rest -= piece.len();
-        let part = checksum::fold(checksum::sum(piece));
-        // After an odd piece the bytes of the next stand in the other halves of their words.
-        sum += u32::from(if is_odd { part.swap_bytes() } else { part });
-        is_odd ^= piece.len() % 2 == 1;
-    }
-    if has_pseudo {
-        let length = (end - start) as u32;
-        sum += match meta.addresses() {
-            Some((IpAddr::V4(from), IpAddr::V4(to))) => pseudo_v4(from, to, meta.protocol, length),
-            Some((IpAddr::V6(from), IpAddr::V6(to))) => pseudo_v6(from, to, meta.protocol, length),
-            _ => return true,
-        };
-    }
-    checksum::fold(sum) == 0xffff
-}
-
-fn pseudo_v4(from: Ipv4Addr, to: Ipv4Addr, protocol: u8, length: u32) -> u32 {
-    checksum::sum(&from.octets())
-        + checksum::sum(&to.octets())
-        + u32::from(protocol)
-        + (length >> 16)
-        + (length & 0xffff)
-}
-
-fn pseudo_v6(from: Ipv6Addr, to: Ipv6Addr, protocol: u8, length: u32) -> u32 {
-    checksum::pseudo_v6(from, to, protocol, length)
 }
