@@ -264,6 +264,7 @@ spec:
     let events = observe(&mut switch, ObserveFilter::default());
     let told: Vec<_> = events.iter().map(|event| (event.verdict.as_str(), event.destination.as_str())).collect();
     assert_eq!(told, [("allowed", "10.1.0.2:80")]);
+    assert_eq!(show(&mut switch, "SwitchPolicy", "watch").rules[0].connections, 1, "a rule that logs counts, too");
     // A flood of denied ones is told of within bounds, and the rest is counted.
     apply(&mut switch, &DB.replace("app: web", "app: nobody")).unwrap();
     for port in 0..1000 {

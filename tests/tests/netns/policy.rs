@@ -73,6 +73,13 @@ fn received(pod: &Namespace) -> u64 {
     field("Udp:", "InDatagrams") + field("Udp:", "NoPorts") + field("Tcp:", "InSegs")
 }
 
+/// How many UDP datagrams came to ports that nobody serves, as the foe's do.
+fn no_ports(pod: &Namespace) -> u64 {
+    let text = pod.run(5, &["cat", "/proc/net/snmp"]).unwrap();
+    let line = text.lines().filter(|line| line.starts_with("Udp:")).nth(1).unwrap();
+    line.split_whitespace().nth(2).unwrap().parse().unwrap()
+}
+
 fn hammer(lab: &mut Lab, from: &Namespace, to: &str) {
     lab.spawn(from, &["/usr/bin/python3", "-c", HAMMER, to]).unwrap();
 }
@@ -143,12 +150,6 @@ fn a_thousand_swaps_of_policy_lose_nothing_and_open_nothing() {
     apply(&mut asks, GUARD);
     serve_iperf3(&mut bench.lab, &pods[1].0);
     let target = pods[1].1[0].clone();
-    // The foe's packets go to ports that nobody serves.
-    let no_ports = |pod: &Namespace| {
-        let text = pod.run(5, &["cat", "/proc/net/snmp"]).unwrap();
-        let line = text.lines().filter(|line| line.starts_with("Udp:")).nth(1).unwrap().to_owned();
-        line.split_whitespace().nth(2).unwrap().parse::<u64>().unwrap()
-    };
     let before = no_ports(&pods[1].0);
     hammer(&mut bench.lab, &pods[2].0, &target);
     let quiet = stream(&pods[0].0, &target, "12");
@@ -218,6 +219,7 @@ fn a_crash_under_a_flood_of_connects_lets_nothing_through() {
     let talked = || std::fs::read_to_string(&count).unwrap().parse::<u64>().unwrap_or(0);
     lab::wait_for(10, || talked() > 5).unwrap();
     let read = || std::fs::read_to_string(&guests).unwrap();
+    let datagrams = no_ports(&pods[1].0);
     for turn in 0..5 {
         daemon.kill();
         daemon.start().unwrap();
@@ -228,6 +230,7 @@ fn a_crash_under_a_flood_of_connects_lets_nothing_through() {
             .unwrap_or_else(|_| panic!("the friend's connection broke, {turn}"));
     }
     let foe = &pods[2].1[0];
+    assert_eq!(no_ports(&pods[1].0), datagrams, "a datagram of the foe got through");
     assert!(!read().contains(foe.as_str()), "{}", read());
     assert_eq!(read().lines().count(), 1, "the friend connected once");
     println!(

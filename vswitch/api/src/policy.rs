@@ -192,10 +192,10 @@ pub struct ChangeInfo {
     pub name: ObjectName,
     /// `created`, `changed`, `unchanged` or `deleted`.
     pub change: String,
-    /// The object before.
+    /// The object before, for those who ask what would change, and of what is deleted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub before: Option<Value>,
-    /// The object after.
+    /// The object after, for those who ask what would change.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<Value>,
 }

@@ -75,7 +75,12 @@ impl Miss<'_> {
         }
         match judged {
             Ok(admitted) => {
-                admitted.allowed_by.into_iter().flatten().for_each(|rule| out.counters.allow(rule));
+                admitted
+                    .allowed_by
+                    .into_iter()
+                    .chain([admitted.log])
+                    .flatten()
+                    .for_each(|rule| out.counters.allow(rule));
                 Some((action, admitted))
             }
             Err(Refused { rule: Some(rule), is_lasting: true, .. }) => {

@@ -29,8 +29,10 @@ impl Control {
         is_dry_run: bool,
         backend: &mut dyn Backend,
     ) -> Applied {
-        let (add, changes) = self.read_policies(documents)?;
+        let (add, mut changes) = self.read_policies(documents)?;
         if !is_dry_run {
+            // Who applies knows what; who asks for the difference gets both.
+            changes.iter_mut().for_each(|change| (change.before, change.after) = (None, None));
             let changed = add.into_iter().filter(|read| self.is_news(read)).collect();
             self.change_objects(changed, &[], backend);
         }
