@@ -636,3 +636,23 @@ fn a_connection_belongs_to_the_ports_that_it_was_judged_for() {
         assert_eq!(send(2, layer4), Some(DropReason::PolicyDenied));
     }
 }
+
+#[test]
+fn a_refusal_elsewhere_says_nothing_of_a_connection_here() {
+    // `b` lets `a` in, and then no longer; what comes from elsewhere in between must not count as a look at it.
+    let mut pair = Pair::new(ConnectionConfig::default());
+    let mut spec = PortSpec::new("c", mac(3));
+    spec.network = Some("pods".to_owned());
+    spec.addresses = vec![address(3).parse().unwrap()];
+    spec.check = Some(vswitch_api::SenderCheck::None);
+    spec.labels.insert("pod".to_owned(), "b".to_owned());
+    let Answer::Port(other) = pair.switch.ask(Request::PortAdd(spec)) else { panic!("no port") };
+    pair.open();
+    pair.apply(&POLICY.replace("{tcp: {destinationPort: {number: 80}}}, ", ""));
+    // With the addresses and numbers of `a`, from another port, whose pod may go nowhere.
+    let ends = Ends { from: mac(3), to: GATEWAY_MAC };
+    let data = Layer4::Tcp { flags: ACK | PSH, seq: 1001, ack: 5001 };
+    let forged = packet(ends, &address(1), &address(2), (1000, 80), data, b"x");
+    assert_eq!(pair.switch.drop_of(other.id, &forged), Some(DropReason::PolicyDenied));
+    assert_eq!(pair.tcp(By::A, ACK | PSH, 1001, 5001, b"x"), Some(DropReason::PolicyDenied));
+}

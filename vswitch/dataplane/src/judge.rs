@@ -10,14 +10,15 @@
 //! # Who is protected
 //!
 //! An end with policies is *policed*. Between ends that are not, connections are followed, so that a policy that comes later
-//! finds out who began them, but nothing is dropped for what a connection is or is not.
+//! finds out who began them, but nothing is dropped for what a connection is or is not; and no pod begins more of them than
+//! its share, so that others find room.
 
 use std::net::IpAddr;
 
 use vswitch_net::{NetworkIndex, PortId};
 use vswitch_xsk::{Packet, Umem};
 
-use crate::connection::{Connections, ELSEWHERE, Entry, State, Tuple, quoted, tcp};
+use crate::connection::{Connections, ELSEWHERE, Entry, Key, Shard, State, Tuple, quoted, tcp};
 use crate::decide::is_discovery;
 use crate::icmp;
 use crate::intact::is_intact;
@@ -25,7 +26,7 @@ use crate::meta::{Kind, Meta};
 use crate::parse::{ICMP, ICMPV6, IGMP, SCTP, TCP, byte_at};
 use crate::snapshot::{SenderCheck, Snapshot};
 use crate::table::flow::NO_WINDOW;
-use crate::table::policy::{Class, Judgement, RuleId, Subject};
+use crate::table::policy::{Class, Judgement, PolicySet, RuleId, Subject};
 use crate::verdict::DropReason;
 
 /// What is asked.
@@ -131,17 +132,14 @@ pub(crate) fn admit(passage: &Passage<'_>) -> Result<Admitted, Refused> {
     if !meta.has_ports && meta.fragment.is_some() {
         return unjudged(passage, from, to);
     }
-    let ask = |from, to, port| {
-        let Meta { network, protocol, .. } = *meta;
-        Question { snapshot, network, from, to, protocol, port: Some(port) }.answer()
-    };
     match Tuple::of(meta) {
         None => {
             // ICMP that belongs to no question: each is judged by itself, by type and code.
-            let answer = ask(from, to, meta.key.fields().ports.source);
-            answer.judgement.admit(|| false).map(|log| Admitted { log, ..PASSED })
+            let Meta { network, protocol, .. } = *meta;
+            let question = Question { snapshot, network, from, to, protocol, port: Some(port_of(meta)) };
+            question.answer().judgement.admit(|| false).map(|log| Admitted { log, ..PASSED })
         }
-        Some(tuple) => follow(passage, &tuple, from, to, is_policed, ask),
+        Some(tuple) => follow(&Walk::new(passage, tuple, from, to, is_policed)?),
     }
 }
 
@@ -162,20 +160,11 @@ pub(crate) fn may_flood(snapshot: &Snapshot, meta: &Meta, to: Option<PortId>) ->
 }
 
 /// What belongs to a connection, or may begin one.
-fn follow<'a>(
-    passage: &Passage<'_>,
-    tuple: &Tuple,
-    from: End<'a>,
-    to: End<'a>,
-    is_policed: bool,
-    ask: impl Fn(End<'a>, End<'a>, u16) -> Answer,
-) -> Result<Admitted, Refused> {
-    let Passage { snapshot, connections, meta, now_ns, .. } = *passage;
-    let head = passage.packet.head().data();
-    let (key, is_low) = tuple.key(meta.network);
-    let hash = key.hash(connections.config().seed);
-    let segment = (meta.protocol == TCP && meta.has_l4()).then(|| tcp::Segment::parse(meta, head)).transpose()?;
-    if is_policed && let Some(segment) = &segment {
+fn follow(walk: &Walk<'_>) -> Result<Admitted, Refused> {
+    let Passage { connections, meta, now_ns, .. } = *walk.passage;
+    if walk.is_policed
+        && let Some(segment) = &walk.segment
+    {
         if segment.is_impossible() {
             return Err(DropReason::TcpFlags.into());
         }
@@ -183,164 +172,195 @@ fn follow<'a>(
             return Err(DropReason::FragmentedSyn.into());
         }
     }
-    let (there, back) = (port_of(meta), port_back(meta));
-    let place = |port: PortId| if snapshot.access(port).is_some() { port } else { ELSEWHERE };
-    let (here, there_at) = (place(meta.ingress), passage.to.map_or(ELSEWHERE, place));
+    let (key, is_low) = walk.tuple.key(meta.network);
+    let hash = key.hash(connections.config().seed);
     let mut shard = connections.shard(hash);
     if let Some(at) = shard.find(hash, &key) {
-        let entry = shard.get_mut(at);
+        let entry = shard.get(at);
         let is_over = entry.is_expired(now_ns, &connections.config().timeouts)
-            || segment.is_some_and(|segment| tcp::is_reuse(entry.state, &segment))
-            || (entry.state == State::Shutdown && sctp_begins(meta, head));
+            || walk.segment.is_some_and(|segment| tcp::is_reuse(entry.state, &segment))
+            || (entry.state == State::Shutdown && walk.chunk == Some(SCTP_INIT));
+        let side = usize::from(is_low != entry.is_from_low);
         if !is_over {
-            let side = usize::from(is_low != entry.is_from_low);
-            // What would begin one must be allowed to, from whichever side.
-            let is_beginning = segment.is_some_and(|segment| tcp::is_beginning(entry, side, &segment))
-                || (side == 1 && sctp_begins(meta, head));
-            if is_beginning {
-                ask(from, to, there).judgement.admit(|| false)?;
-            }
-            // Who began has a place, and policies; the same addresses elsewhere are others.
-            let places = if side == 0 { [here, there_at] } else { [there_at, here] };
-            if entry.places != places {
-                entry.generation = 0;
-            }
-            // As who began would be judged now; if that was a guess, as either might have been.
-            let is_guess = entry.is_picked_up;
-            let again = |side: usize| if side == 0 { ask(from, to, there) } else { ask(to, from, back) };
-            let refused = judge_again(entry, snapshot, connections, || {
-                let answer = again(side);
-                if is_guess && !answer.judgement.is_allowed { again(1 - side) } else { answer }
-            });
-            if let Some(refused) = refused {
-                // Another end than the one it was judged for is no reason to end it.
-                if entry.places == places {
-                    connections.remove(&mut shard, at);
-                }
-                return Err(refused);
-            }
-            entry.places = places;
-            match step(entry, side, segment.as_ref(), meta, head, passage.last_seq, now_ns) {
-                Err(reason) if is_policed => return Err(reason.into()),
-                // Nobody asked to be protected from it.
-                Err(_) => return Ok(Admitted { is_lasting: false, ..PASSED }),
-                Ok(()) => {}
-            }
-            entry.used_ns = now_ns;
-            entry.heard |= 1 << side;
-            entry.is_replied |= is_assured(entry);
-            let window_bits = if segment.is_some() { tcp::window_bits(entry, side) } else { NO_WINDOW };
-            if entry.is_replied {
-                shard.unlist(at);
-            }
-            return Ok(Admitted { window_bits, ..PASSED });
+            return walk.go_on(&mut shard, at, side);
         }
         connections.remove(&mut shard, at);
     }
-    // Nothing is known of it.
-    if is_policed && !is_intact(passage.packet, passage.umem, meta) {
-        return Err(DropReason::BadChecksum.into());
+    walk.begin(&mut shard, key, hash, is_low)
+}
+
+/// A packet beside its connection.
+struct Walk<'a> {
+    passage: &'a Passage<'a>,
+    tuple: Tuple,
+    /// Its header, if it is TCP and has one.
+    segment: Option<tcp::Segment>,
+    /// The type of its first chunk, if it is SCTP and has one.
+    chunk: Option<u8>,
+    from: End<'a>,
+    to: End<'a>,
+    is_policed: bool,
+}
+
+impl<'a> Walk<'a> {
+    fn new(
+        passage: &'a Passage<'a>,
+        tuple: Tuple,
+        from: End<'a>,
+        to: End<'a>,
+        is_policed: bool,
+    ) -> Result<Walk<'a>, DropReason> {
+        let (meta, head) = (passage.meta, passage.packet.head().data());
+        let has = |protocol: u8| meta.protocol == protocol && meta.has_l4();
+        let segment = has(TCP).then(|| tcp::Segment::parse(meta, head)).transpose()?;
+        let chunk = if has(SCTP) { sctp_chunk(meta, head) } else { None };
+        Ok(Walk { passage, tuple, segment, chunk, from, to, is_policed })
     }
-    let begins = match (tuple.is_echo, &segment, meta.protocol) {
-        (Some(asks), ..) => asks,
-        (_, Some(segment), _) => segment.flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN,
-        (.., TCP) => false,
-        (.., SCTP) => sctp_chunk(meta, head) == Some(SCTP_INIT),
-        _ => true,
-    };
-    let may_pick_up = connections.config().pick_up.is_on(now_ns);
-    if !begins && is_policed && !(may_pick_up && tuple.is_echo.is_none()) {
-        return Err(DropReason::NoConnection.into());
-    }
-    let is_reset = segment.is_some_and(|segment| segment.flags & tcp::RST != 0);
-    if !begins && (is_reset || tuple.is_echo.is_some() || (segment.is_none() && meta.protocol == TCP)) {
-        return if is_policed {
-            Err(DropReason::NoConnection.into())
-        } else {
-            Ok(Admitted { is_lasting: false, ..PASSED })
+
+    /// What policies say if this packet is of who began (0) or of who answers (1).
+    fn ask(&self, side: usize) -> Answer {
+        let Passage { snapshot, meta, .. } = *self.passage;
+        let (from, to, port) = match side {
+            0 => (self.from, self.to, port_of(meta)),
+            _ => (self.to, self.from, port_back(meta)),
         };
+        Question { snapshot, network: meta.network, from, to, protocol: meta.protocol, port: Some(port) }.answer()
     }
-    let answer = ask(from, to, there);
-    let mut began = 0;
-    let mut judgement = answer.judgement;
-    let mut rules = answer.rules;
-    if !judgement.is_allowed && !begins {
-        // Taken up in the middle: this may be the answering side.
-        let reverse = ask(to, from, back);
-        if reverse.judgement.is_allowed {
-            (began, judgement, rules) = (1, reverse.judgement, reverse.rules);
+
+    /// The ports of who began and of who answers, if this packet is of that side.
+    fn places(&self, side: usize) -> [PortId; 2] {
+        let Passage { snapshot, meta, to, .. } = *self.passage;
+        let place = |port: PortId| if snapshot.access(port).is_some() { port } else { ELSEWHERE };
+        let (here, there) = (place(meta.ingress), to.map_or(ELSEWHERE, place));
+        if side == 0 { [here, there] } else { [there, here] }
+    }
+
+    /// One packet more of a connection that is known.
+    fn go_on(&self, shard: &mut Shard, at: u32, side: usize) -> Result<Admitted, Refused> {
+        let Passage { snapshot, connections, last_seq, now_ns, .. } = *self.passage;
+        let entry = shard.get_mut(at);
+        // What would begin one must be allowed to, from whichever side.
+        let is_beginning = self.segment.is_some_and(|segment| tcp::is_beginning(entry, side, &segment))
+            || (side == 1 && self.chunk == Some(SCTP_INIT));
+        if is_beginning {
+            self.ask(0).judgement.admit(|| false)?;
+        }
+        // The same addresses at other ports are others, of whom nothing was judged yet.
+        let places = self.places(side);
+        let is_elsewhere = entry.places != places;
+        let may_stay = connections.config().keeps_established && entry.is_replied;
+        if is_elsewhere || (entry.generation != snapshot.generation && !may_stay) {
+            // As who began would be judged now; if that was a guess, as either might have been.
+            let mut answer = self.ask(side);
+            if entry.is_picked_up && !answer.judgement.is_allowed {
+                answer = self.ask(1 - side);
+            }
+            if let Err(refused) = answer.judgement.admit(|| false) {
+                if !is_elsewhere {
+                    connections.remove(shard, at);
+                }
+                return Err(refused);
+            }
+            entry.rules = answer.rules;
+        }
+        (entry.generation, entry.places) = (snapshot.generation, places);
+        match self.step(entry, side, last_seq, now_ns) {
+            Err(reason) if self.is_policed => return Err(reason.into()),
+            // Nobody asked to be protected from it.
+            Err(_) => return Ok(Admitted { is_lasting: false, ..PASSED }),
+            Ok(()) => {}
+        }
+        entry.used_ns = now_ns;
+        entry.heard |= 1 << side;
+        entry.is_replied |= is_assured(entry);
+        let window_bits = self.window_bits(entry, side);
+        if entry.is_replied {
+            shard.unlist(at);
+        }
+        Ok(Admitted { window_bits, ..PASSED })
+    }
+
+    /// The first packet of a connection, or of one that was under way.
+    fn begin(&self, shard: &mut Shard, key: Key, hash: u64, is_low: bool) -> Result<Admitted, Refused> {
+        let Passage { snapshot, connections, meta, now_ns, .. } = *self.passage;
+        if self.is_policed && !is_intact(self.passage.packet, self.passage.umem, meta) {
+            return Err(DropReason::BadChecksum.into());
+        }
+        let begins = self.begins();
+        let is_echo = self.tuple.is_echo.is_some();
+        if !begins && self.is_policed && (is_echo || !connections.config().pick_up.is_on(now_ns)) {
+            return Err(DropReason::NoConnection.into());
+        }
+        // What ends one, or says too little, is no reason to take one up.
+        let is_reset = self.segment.is_some_and(|segment| segment.flags & tcp::RST != 0);
+        let is_headless = meta.protocol == TCP && self.segment.is_none();
+        if !begins && (is_reset || is_echo || is_headless) {
+            let passed = Admitted { is_lasting: false, ..PASSED };
+            return if self.is_policed { Err(DropReason::NoConnection.into()) } else { Ok(passed) };
+        }
+        let (mut began, mut answer) = (0, self.ask(0));
+        if !answer.judgement.is_allowed && !begins {
+            // Taken up in the middle: this may be the answering side.
+            let reverse = self.ask(1);
+            if reverse.judgement.is_allowed {
+                (began, answer) = (1, reverse);
+            }
+        }
+        let log = answer.judgement.admit(|| !self.ask(1).judgement.is_allowed)?;
+        let (state, mut ends) = match (&self.segment, meta.protocol) {
+            (Some(segment), _) => tcp::begin(segment),
+            (None, SCTP) => (if begins { State::Init } else { State::Associated }, Default::default()),
+            _ => (State::New, Default::default()),
+        };
+        if began == 1 {
+            ends.swap(0, 1);
+        }
+        let mut entry = Entry::new(key, is_low == (began == 0), self.places(began), state, now_ns);
+        entry.heard = 1 << began;
+        entry.generation = snapshot.generation;
+        entry.ends = ends;
+        entry.rules = answer.rules;
+        entry.is_picked_up = !begins;
+        let window_bits = self.window_bits(&entry, began);
+        // The host speaks for many.
+        let is_limited = snapshot.access(meta.ingress).is_some_and(|access| access.check != SenderCheck::Elsewhere);
+        if !connections.insert(shard, hash, entry, is_limited) && self.is_policed {
+            return Err(DropReason::ConnectionsFull.into());
+        }
+        Ok(Admitted { window_bits, allowed_by: entry.rules(), log, is_lasting: true })
+    }
+
+    /// True for what begins a connection, were there none.
+    fn begins(&self) -> bool {
+        match (self.tuple.is_echo, &self.segment, self.tuple.protocol) {
+            (Some(asks), ..) => asks,
+            (_, Some(segment), _) => segment.flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN,
+            (.., TCP) => false,
+            (.., SCTP) => self.chunk == Some(SCTP_INIT),
+            _ => true,
         }
     }
-    let log = judgement.admit(|| !ask(to, from, back).judgement.is_allowed)?;
-    let (state, mut ends) = match (&segment, meta.protocol) {
-        (Some(segment), _) => tcp::begin(segment),
-        (None, SCTP) => (if begins { State::Init } else { State::Associated }, Default::default()),
-        _ => (State::New, Default::default()),
-    };
-    if began == 1 {
-        ends.swap(0, 1);
-    }
-    let places = if began == 0 { [here, there_at] } else { [there_at, here] };
-    let mut entry = Entry::new(key, is_low == (began == 0), places, state, now_ns);
-    entry.heard = 1 << began;
-    entry.generation = snapshot.generation;
-    entry.ends = ends;
-    entry.rules = rules;
-    entry.is_picked_up = !begins;
-    let window_bits = if segment.is_some() { tcp::window_bits(&entry, began) } else { NO_WINDOW };
-    // The host speaks for many.
-    let is_limited = snapshot.access(meta.ingress).is_some_and(|access| access.check != SenderCheck::Elsewhere);
-    if !connections.insert(&mut shard, hash, entry, is_limited) && is_policed {
-        return Err(DropReason::ConnectionsFull.into());
-    }
-    let allowed_by = rules.map(|rule| (rule != RuleId::NONE).then_some(rule));
-    Ok(Admitted { window_bits, allowed_by, log, is_lasting: true })
-}
 
-/// Judges a connection again that another generation has judged. The refusal, if it is no longer allowed.
-fn judge_again(
-    entry: &mut Entry,
-    snapshot: &Snapshot,
-    connections: &Connections,
-    ask: impl FnOnce() -> Answer,
-) -> Option<Refused> {
-    if entry.generation == snapshot.generation {
-        return None;
-    }
-    entry.generation = snapshot.generation;
-    if connections.config().keeps_established && entry.is_replied {
-        return None;
-    }
-    let answer = ask();
-    entry.rules = answer.rules;
-    answer.judgement.admit(|| false).err()
-}
-
-/// Takes a connection one packet further.
-fn step(
-    entry: &mut Entry,
-    side: usize,
-    segment: Option<&tcp::Segment>,
-    meta: &Meta,
-    head: &[u8],
-    last_seq: Option<u32>,
-    now_ns: u64,
-) -> Result<(), DropReason> {
-    match (meta.protocol, segment) {
-        (TCP, Some(segment)) => tcp::advance(entry, side, segment, last_seq, now_ns)?,
-        (TCP, None) => {}
-        (SCTP, _) => {
+    /// Takes a connection one packet further.
+    fn step(&self, entry: &mut Entry, side: usize, last_seq: Option<u32>, now_ns: u64) -> Result<(), DropReason> {
+        match (self.tuple.protocol, &self.segment) {
+            (TCP, Some(segment)) => tcp::advance(entry, side, segment, last_seq, now_ns)?,
+            (TCP, None) => {}
             // RFC 9260 section 3.2: COOKIE ACK opens; ABORT and the three of SHUTDOWN close.
-            entry.state = match (sctp_chunk(meta, head), entry.state) {
-                (Some(SCTP_COOKIE_ACK), _) => State::Associated,
-                (Some(6 | 7 | 8 | 14), _) => State::Shutdown,
-                (_, state) => state,
-            };
+            (SCTP, _) => match self.chunk {
+                Some(SCTP_COOKIE_ACK) => entry.state = State::Associated,
+                Some(6 | 7 | 8 | 14) => entry.state = State::Shutdown,
+                _ => {}
+            },
+            _ if side == 1 => entry.state = State::Replied,
+            _ => {}
         }
-        _ if side == 1 => entry.state = State::Replied,
-        _ => {}
+        Ok(())
     }
-    Ok(())
+
+    fn window_bits(&self, entry: &Entry, side: usize) -> u8 {
+        if self.segment.is_some() { tcp::window_bits(entry, side) } else { NO_WINDOW }
+    }
 }
 
 /// True for a connection whose both ends have shown that they mean it, so that it makes room for nobody.
@@ -354,11 +374,6 @@ fn is_assured(entry: &Entry) -> bool {
 
 /// Both ends have spoken.
 const BOTH: u8 = 3;
-
-/// An INIT where something is known already.
-fn sctp_begins(meta: &Meta, head: &[u8]) -> bool {
-    meta.protocol == SCTP && meta.has_l4() && sctp_chunk(meta, head) == Some(SCTP_INIT)
-}
 
 /// An ICMP error goes the way of the connection that it quotes.
 fn related(passage: &Passage<'_>, from: End<'_>, to: End<'_>, is_policed: bool) -> Result<Admitted, Refused> {
@@ -427,7 +442,7 @@ impl End<'_> {
 impl Question<'_> {
     fn answer(&self) -> Answer {
         let class = |end: &End<'_>| self.snapshot.classes.lookup(self.network, end.address);
-        let judge = |set: &crate::table::policy::PolicySet, peer: &End<'_>| match self.port {
+        let judge = |set: &PolicySet, peer: &End<'_>| match self.port {
             Some(port) => set.judge(class(peer), peer.address, self.protocol, port),
             None => set.judge_unknown(class(peer), peer.address, self.protocol),
         };
