@@ -13,7 +13,7 @@ use arc_swap::{ArcSwap, Cache};
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use tokio::sync::Notify;
-use vswitch_control::{FlowSample, Own, SocketSample, WorkerSample};
+use vswitch_control::{FlowSample, MAX_UPLINKS, Own, SocketSample, WorkerSample};
 use vswitch_dataplane::connection::Connections;
 use vswitch_dataplane::{Event, PortIo, Snapshot, Worker, WorkerConfig};
 use vswitch_net::PortId;
@@ -257,8 +257,13 @@ impl WorkerThread {
     fn obey(&mut self, command: Command) -> bool {
         match command {
             Command::Insert(port, sockets) => {
-                let sockets: Vec<XskSocket> =
-                    sockets.into_iter().map(|socket| socket.adopt(self.worker.umem_mut())).collect();
+                let umem = self.worker.umem_mut();
+                let is_shared = port.index() < MAX_UPLINKS;
+                let adopt = |socket: BoundSocket| {
+                    let socket = socket.adopt(umem);
+                    if is_shared { socket.expect_many(umem) } else { socket }
+                };
+                let sockets: Vec<XskSocket> = sockets.into_iter().map(adopt).collect();
                 for socket in &sockets {
                     // Listens to nothing until the port is parked.
                     let data = epoll::EventData::new_u64(u64::from(port.0));

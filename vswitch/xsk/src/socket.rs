@@ -12,6 +12,12 @@ use crate::umem::{Slot, Umem};
 /// Frames that a quiet socket keeps in its fill ring: a burst of 64 small packets, or three of 64 kB.
 const FILL_MIN: u32 = 64;
 
+/// The same for the socket of a link that many share, as an uplink: what all of them send while a worker wakes up.
+const FILL_MIN_SHARED: u32 = 512;
+
+/// Of a umem, as a divisor, what such a socket may keep at most while it is quiet.
+const SHARE_DIVISOR: usize = 32;
+
 /// Frames that a busy socket keeps there: 2,048 small packets or 120 of 64 kB may come before the worker's next look.
 const FILL_MAX: u32 = 2048;
 
@@ -88,6 +94,7 @@ pub struct XskSocket {
     /// Frames lent to the fill ring, those included that the kernel holds for a packet not yet complete.
     filled: u32,
     fill_target: u32,
+    fill_min: u32,
     /// Bursts in a row that a ring half as deep would have served.
     easy_bursts: u32,
     /// Frames on their way, from `push` until completion.
@@ -123,6 +130,7 @@ impl XskSocket {
             completion,
             filled: 0,
             fill_target: FILL_MIN,
+            fill_min: FILL_MIN,
             easy_bursts: 0,
             sending: 0,
             unsubmitted: false,
@@ -131,6 +139,14 @@ impl XskSocket {
             counters: KickCounters::default(),
             fd,
         }
+    }
+
+    /// Keeps more frames ready than a pod's socket does: many share the link.
+    pub fn expect_many(mut self, umem: &Umem) -> XskSocket {
+        let share = (umem.chunks() / SHARE_DIVISOR).next_power_of_two() as u32;
+        self.fill_min = share.clamp(FILL_MIN, FILL_MIN_SHARED);
+        self.fill_target = self.fill_min;
+        self
     }
 
     /// Whether the kernel copies.
@@ -315,7 +331,7 @@ impl XskSocket {
             if self.fill_target < FILL_MAX && umem.free_chunks() * 2 > umem.chunks() {
                 self.fill_target *= 2;
             }
-        } else if pending * 8 > self.fill_target * 7 && self.fill_target > FILL_MIN {
+        } else if pending * 8 > self.fill_target * 7 && self.fill_target > self.fill_min {
             self.easy_bursts += 1;
             if self.easy_bursts == EASY_BURSTS {
                 self.easy_bursts = 0;
