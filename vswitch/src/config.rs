@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use vswitch_api::{Encap, NetworkSpec, PeerSpec, Request, RouteSpec};
+use vswitch_api::{EgressSpec, Encap, NetworkSpec, PeerSpec, Request, RouteSpec, ServiceSpec};
 use vswitch_control::MAX_UPLINKS;
 use vswitch_net::MacAddr;
 use vswitch_xsk::{XdpPreference, ZeroCopy};
@@ -26,6 +26,8 @@ pub(crate) struct Config {
     pub(crate) network: Vec<NetworkSpec>,
     pub(crate) peer: Vec<PeerSpec>,
     pub(crate) route: Vec<RouteSpec>,
+    pub(crate) service: Vec<ServiceSpec>,
+    pub(crate) egress: Vec<EgressSpec>,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -238,7 +240,9 @@ impl Config {
         let networks = self.network.iter().cloned().map(Request::NetworkAdd);
         let peers = self.peer.iter().cloned().map(Request::PeerAdd);
         let routes = self.route.iter().cloned().map(Request::RouteAdd);
-        networks.chain(peers).chain(routes)
+        let services = (!self.service.is_empty()).then(|| Request::ServiceSet { services: self.service.clone() });
+        let egress = self.egress.iter().cloned().map(Request::EgressSet);
+        networks.chain(peers).chain(routes).chain(services).chain(egress)
     }
 
     fn check(&self) -> Result<(), String> {

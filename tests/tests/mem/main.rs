@@ -12,6 +12,7 @@ mod groups;
 mod host;
 mod lan;
 mod model;
+mod nat;
 mod oracle;
 mod policy;
 mod policy_cases;

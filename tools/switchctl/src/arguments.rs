@@ -15,6 +15,7 @@ use vswitch_api::{
 use vswitch_net::{MacAddr, Vni};
 
 use crate::policy::{ConnectionCommand, EndpointCommand, Observe, PolicyCommand, named_port};
+use crate::service::{EgressCommand, ServiceCommand};
 
 /// Sees and steers a vswitchd.
 #[derive(Debug, Parser)]
@@ -74,6 +75,12 @@ pub(crate) enum Command {
     /// Members of multicast groups, in networks that snoop.
     #[command(subcommand)]
     Group(GroupCommand),
+    /// Addresses that nobody has, and who answers for them.
+    #[command(subcommand)]
+    Service(ServiceCommand),
+    /// Addresses that pods leave the cluster with.
+    #[command(subcommand)]
+    Egress(EgressCommand),
     /// Policies, tiers, namespaces, pods and nodes.
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -522,7 +529,7 @@ fn parse_vni(text: &str) -> Result<Vni, String> {
 }
 
 /// One of some words of the protocol, by its own names for them.
-fn word<T: DeserializeOwned + Clone + Send + Sync + 'static>(
+pub(crate) fn word<T: DeserializeOwned + Clone + Send + Sync + 'static>(
     words: &'static [&'static str],
 ) -> impl TypedValueParser<Value = T> {
     PossibleValuesParser::new(words).try_map(|word| serde_json::from_value(word.into()))

@@ -7,6 +7,7 @@ mod arguments;
 mod output;
 mod policy;
 mod port;
+mod service;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -20,6 +21,7 @@ use crate::arguments::{
     PeerCommand, PortCommand, RouteCommand, StatsCommand,
 };
 use crate::policy::PolicyCommand;
+use crate::service::ServiceCommand;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -118,6 +120,8 @@ fn ask(client: &mut Client, command: &Command) -> anyhow::Result<Answer> {
         Command::Drops { command: Some(ListCommand::Show { name }) } => {
             return output::only(client.call(Request::Drops)?, name);
         }
+        Command::Service(command) => return service::service(client, command),
+        Command::Egress(command) => return service::egress(client, command),
         Command::Policy(command) => return policy::policy(client, command),
         Command::Endpoint(command) => return policy::endpoint(client, command),
         Command::Connection(command) => return policy::connection(client, command),
@@ -133,6 +137,7 @@ fn is_show(command: &Command) -> bool {
         Command::Port(PortCommand::Show { .. } | PortCommand::Add(_))
             | Command::Network(NetworkCommand::Show { .. })
             | Command::Peer(PeerCommand::Show { .. })
+            | Command::Service(ServiceCommand::Show { .. })
             | Command::Stats { command: Some(StatsCommand::Show { .. }) }
             | Command::Drops { command: Some(ListCommand::Show { .. }) }
             | Command::Policy(PolicyCommand::Diff { .. } | PolicyCommand::Explain { verbose: true, .. })

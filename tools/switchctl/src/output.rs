@@ -9,7 +9,7 @@ use vswitch_api::{
     Answer, DropInfo, Encap, HostInfo, NetworkInfo, PortInfo, PortStats, StatsInfo, StatusInfo, UplinkInfo,
 };
 
-use crate::policy;
+use crate::{policy, service};
 
 /// Free addresses that nobody counts any more.
 const PLENTY: u64 = 1 << 32;
@@ -43,6 +43,7 @@ pub(crate) fn only(mut answer: Answer, name: &str) -> anyhow::Result<Answer> {
         Answer::Flows { flows } => {
             keep(flows, "flow of", |flow| is_end(&flow.source, name) || is_end(&flow.destination, name))
         }
+        Answer::Services { services } => keep(services, "service", |service| service.spec.name == name),
         Answer::Stats(stats) => keep(&mut stats.ports, "port of link", |port| port.link == name),
         Answer::Drops { drops } => keep(drops, "drop for the reason", |drop| drop.reason == name),
         _ => (false, ""),
@@ -176,6 +177,8 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
                 row([&mirror.name, &mirror.ports.join(","), &direction, &mirror.to, &or_dash(mirror.network.as_ref())])
             }),
         ),
+        Answer::Services { services } => service::print_services(out, services, is_show),
+        Answer::Egress { rules } => service::print_egress(out, rules),
         Answer::Groups { groups } => table(
             out,
             ["NETWORK", "GROUP", "AT", "AGE"],
@@ -202,13 +205,14 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
             ["WORKER", "NETWORK", "FROM", "PROTOCOL", "SOURCE", "DESTINATION", "ACTION", "PACKETS", "BYTES", "IDLE"],
             flows.iter().map(|flow| {
                 let idle = format!("{}ms", flow.idle_ms);
+                let [source, destination] = ends([&flow.source, &flow.destination], flow.leaves_as.as_ref());
                 row([
                     &flow.worker,
                     &flow.network,
                     &flow.from,
                     &flow.protocol,
-                    &flow.source,
-                    &flow.destination,
+                    &source,
+                    &destination,
                     &flow.action,
                     &flow.packets,
                     &flow.bytes,
@@ -220,6 +224,12 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
         Answer::Drops { drops } if drops.is_empty() => writeln!(out, "nothing was dropped"),
         Answer::Drops { drops } => print_drops(out, drops, is_show),
     }
+}
+
+/// Source and destination, and what they leave as if that is something else.
+pub(crate) fn ends(come: [&String; 2], leave: Option<&[String; 2]>) -> [String; 2] {
+    let leave = leave.map_or(come, |[source, destination]| [source, destination]);
+    [0, 1].map(|at| if come[at] == leave[at] { come[at].clone() } else { format!("{} as {}", come[at], leave[at]) })
 }
 
 fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {

@@ -19,7 +19,7 @@ use vswitch_api::{
 };
 
 use crate::arguments::{Format, parse_label};
-use crate::output::{or_dash, row, table};
+use crate::output::{ends, or_dash, row, table};
 
 /// How often `observe` asks for what is new.
 const OBSERVE_INTERVAL: Duration = Duration::from_millis(200);
@@ -482,11 +482,12 @@ fn print_connections(out: &mut impl Write, info: &ConnectionsInfo) -> io::Result
         ["NETWORK", "PROTOCOL", "SOURCE", "DESTINATION", "STATE", "AGE", "IDLE", "EXPIRES", "RULES"],
         info.connections.iter().map(|one| {
             let state = if one.is_picked_up { format!("{}, picked up", one.state) } else { one.state.clone() };
+            let [source, destination] = ends([&one.source, &one.destination], one.leaves_as.as_ref());
             row([
                 &one.network,
                 &one.protocol,
-                &one.source,
-                &one.destination,
+                &source,
+                &destination,
                 &state,
                 &format!("{} s", one.age_seconds),
                 &format!("{} s", one.idle_seconds),

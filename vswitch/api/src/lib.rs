@@ -17,6 +17,7 @@ mod error;
 mod policy;
 mod request;
 mod response;
+mod service;
 
 pub use client::{Client, ClientError};
 pub use error::{ApiError, ErrorCode, sentence};
@@ -33,6 +34,8 @@ pub use response::{
     Answer, DropInfo, FdbInfo, FlowInfo, GroupInfo, HostInfo, IpamInfo, NeighborInfo, NetworkInfo, PeerInfo, PodRoute,
     PortInfo, PortStats, RouteInfo, SocketInfo, StatsInfo, StatusInfo, UplinkInfo, WorkerInfo,
 };
+
+pub use service::{Affinity, EgressInfo, EgressSpec, ServiceInfo, ServiceSpec};
 
 use serde::{Deserialize, Serialize};
 

@@ -288,6 +288,9 @@ pub struct ConnectionInfo {
     pub source: String,
     /// Who answers.
     pub destination: String,
+    /// Source and destination that its packets leave with, if not with those that they come with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leaves_as: Option<[String; 2]>,
     /// How far it has come.
     pub state: String,
     /// Seconds since it began.

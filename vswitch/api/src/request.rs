@@ -10,6 +10,7 @@ use vswitch_net::{MacAddr, Vni};
 use crate::policy::{
     ConnectionFilter, EndpointName, EndpointSpec, ExplainSpec, NamedPort, ObjectName, ObserveFilter, PolicyDocument,
 };
+use crate::service::{EgressSpec, ServiceSpec};
 
 /// A request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -94,6 +95,27 @@ pub enum Request {
     },
     /// All mirrors.
     MirrorList,
+    /// Adds services; those of the same names are replaced: all of them or none.
+    ServiceSet {
+        /// The services.
+        services: Vec<ServiceSpec>,
+    },
+    /// Removes services: all of them or none. Their TCP connections go on.
+    ServiceDel {
+        /// Their names.
+        names: Vec<String>,
+    },
+    /// All services.
+    ServiceList,
+    /// Adds an egress rule, or replaces the one of its name.
+    EgressSet(EgressSpec),
+    /// Removes an egress rule. Its connections go on.
+    EgressDel {
+        /// Its name.
+        name: String,
+    },
+    /// All egress rules.
+    EgressList,
     /// Members of multicast groups, in networks that snoop.
     GroupList,
     /// Next hops of the underlay as the kernel resolved them.
@@ -579,6 +601,8 @@ impl Request {
                 | Request::RouteList { .. }
                 | Request::NeighborList
                 | Request::MirrorList
+                | Request::ServiceList
+                | Request::EgressList
                 | Request::GroupList
                 | Request::FlowList { .. }
                 | Request::PolicyApply { dry_run: true, .. }
@@ -622,14 +646,22 @@ impl std::fmt::Display for Request {
                 write!(f, "mirror add {} of {} to {}", spec.name, spec.ports.join(","), spec.to)
             }
             Request::MirrorDel { name } => write!(f, "mirror del {name}"),
+            Request::ServiceSet { services } => {
+                let names: Vec<&str> = services.iter().map(|service| service.name.as_str()).collect();
+                write!(f, "service set {}", few(&names))
+            }
+            Request::ServiceDel { names } => {
+                write!(f, "service del {}", few(&names.iter().map(String::as_str).collect::<Vec<_>>()))
+            }
+            Request::EgressSet(spec) => write!(f, "egress set {}", spec.name),
+            Request::EgressDel { name } => write!(f, "egress del {name}"),
             Request::PolicyApply { documents, dry_run } => {
                 let files: Vec<&str> = documents.iter().map(|document| document.file.as_str()).collect();
                 write!(f, "policy {} {}", if *dry_run { "diff" } else { "apply" }, files.join(","))
             }
             Request::PolicyDelete { objects } => {
-                let names: Vec<String> = objects.iter().take(10).map(ToString::to_string).collect();
-                let more = if objects.len() > 10 { format!(" and {} more", objects.len() - 10) } else { String::new() };
-                write!(f, "policy delete {}{more}", names.join(", "))
+                let names: Vec<String> = objects.iter().map(ToString::to_string).collect();
+                write!(f, "policy delete {}", few(&names.iter().map(String::as_str).collect::<Vec<_>>()))
             }
             Request::ConnectionDel { filter } => {
                 let filter = serde_json::to_string(filter).unwrap_or_default();
@@ -649,6 +681,12 @@ impl std::fmt::Display for FdbTarget {
             FdbTarget::Peer(name) => write!(f, "peer {name}"),
         }
     }
+}
+
+/// The first of many names.
+fn few(names: &[&str]) -> String {
+    let more = if names.len() > 10 { format!(" and {} more", names.len() - 10) } else { String::new() };
+    format!("{}{more}", names[..names.len().min(10)].join(", "))
 }
 
 fn default_flow_limit() -> usize {

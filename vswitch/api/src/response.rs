@@ -11,6 +11,7 @@ use crate::policy::{ChangeInfo, ConnectionsInfo, EndpointInfo, ExplainInfo, Flow
 use crate::request::{
     Attachment, Bandwidth, Encap, FdbTarget, MirrorSpec, NetworkMode, PortMapping, SenderCheck, StormLimits,
 };
+use crate::service::{EgressInfo, ServiceInfo};
 
 /// The answer to a request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,6 +52,16 @@ pub enum Answer {
     Mirrors {
         /// The mirrors.
         mirrors: Vec<MirrorSpec>,
+    },
+    /// To `service_list`.
+    Services {
+        /// The services.
+        services: Vec<ServiceInfo>,
+    },
+    /// To `egress_list`.
+    Egress {
+        /// The rules.
+        rules: Vec<EgressInfo>,
     },
     /// To `group_list`.
     Groups {
@@ -438,6 +449,9 @@ pub struct FlowInfo {
     pub protocol: String,
     /// What is done with them.
     pub action: String,
+    /// Source and destination that they leave with, if not with those that they come with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leaves_as: Option<[String; 2]>,
     /// Packets.
     pub packets: u64,
     /// Bytes.

@@ -34,6 +34,10 @@ impl Control {
             Request::FdbDel { network, mac } => self.remove_station(&network, mac),
             Request::MirrorAdd(spec) => self.add_mirror(spec),
             Request::MirrorDel { name } => self.remove_mirror(&name),
+            Request::ServiceSet { services } => self.set_services(services, backend),
+            Request::ServiceDel { names } => self.remove_services(&names, backend),
+            Request::EgressSet(spec) => self.set_egress(spec),
+            Request::EgressDel { name } => self.remove_egress(&name),
             Request::PolicyApply { documents, dry_run } => self.apply_policies(&documents, dry_run, backend),
             Request::PolicyDelete { objects } => self.delete_policies(&objects, backend),
             Request::EndpointSet { endpoints } => self.set_endpoints(endpoints),
@@ -153,6 +157,9 @@ impl Control {
                 "peer \"{}\" names network \"{name}\": remove the peer first",
                 peer.spec.name
             )));
+        }
+        if let Some(what) = self.translations_of(index) {
+            return Err(conflict(format!("{what} is of network \"{name}\": remove it first")));
         }
         let routes: Vec<IpNet> =
             self.desired.routes.keys().filter(|(network, _)| *network == index).map(|&(_, prefix)| prefix).collect();

@@ -1,7 +1,7 @@
 //! What control needs of the world: links and the workers' numbers. The daemon's is real; tests have a small one.
 
 use vswitch_dataplane::connection::Connections;
-use vswitch_dataplane::{Counters, table::flow::FlowEntry};
+use vswitch_dataplane::{Counters, Translation, table::flow::FlowEntry};
 use vswitch_net::PortId;
 use vswitch_xsk::{KickCounters, SocketStatistics};
 
@@ -55,8 +55,8 @@ pub struct WorkerSample {
 pub struct FlowSample {
     /// The worker.
     pub worker: usize,
-    /// The flows.
-    pub flows: Vec<FlowEntry>,
+    /// The flows, with what their packets leave as.
+    pub flows: Vec<(FlowEntry, Option<Translation>)>,
 }
 
 /// The world as control needs it.

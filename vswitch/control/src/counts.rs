@@ -5,11 +5,12 @@ use std::net::IpAddr;
 
 use vswitch_api::{DropInfo, FlowInfo, PortStats, SocketInfo, StatsInfo, WorkerInfo};
 use vswitch_dataplane::table::flow::FlowEntry;
-use vswitch_dataplane::{Action, DropReason, Output, PortCounters};
+use vswitch_dataplane::{Action, DropReason, Output, PortCounters, Translation};
 use vswitch_net::PortId;
 
 use crate::Control;
 use crate::backend::{Backend, WorkerSample};
+use crate::policy::end_text;
 
 /// A flow is shown if it had a packet within this time.
 const FLOW_RECENT_NS: u64 = 10_000_000_000;
@@ -18,27 +19,26 @@ impl Control {
     pub(crate) fn flows(&self, now_ns: u64, limit: usize, backend: &mut dyn Backend) -> Vec<FlowInfo> {
         let samples = backend.flows(now_ns.saturating_sub(FLOW_RECENT_NS), limit);
         let flows = samples.iter().flat_map(|sample| sample.flows.iter().map(|flow| (sample.worker, flow)));
-        flows.take(limit).map(|(worker, flow)| self.flow_info(now_ns, worker, flow)).collect()
+        flows
+            .take(limit)
+            .map(|(worker, (flow, leaves_as))| self.flow_info(now_ns, worker, flow, leaves_as.as_ref()))
+            .collect()
     }
 
-    fn flow_info(&self, now_ns: u64, worker: usize, flow: &FlowEntry) -> FlowInfo {
+    fn flow_info(&self, now_ns: u64, worker: usize, flow: &FlowEntry, leaves_as: Option<&Translation>) -> FlowInfo {
         let fields = flow.key.fields();
         let from = match fields.peer {
             Some(peer) => format!("peer {}", self.desired.peer_name(peer)),
             None => format!("port {}", self.link_name(fields.ingress)),
         };
-        let with_port = |address: IpAddr, port: u16| match (fields.protocol, address) {
-            (6 | 17 | 132, IpAddr::V4(v4)) => format!("{v4}:{port}"),
-            (6 | 17 | 132, IpAddr::V6(v6)) => format!("[{v6}]:{port}"),
-            _ => address.to_string(),
-        };
+        let with_port = |address: IpAddr, port: u16| end_text(fields.protocol, address, port);
         let (source, destination) = match fields.addresses {
             Some((source, destination)) => {
                 (with_port(source, fields.ports.source), with_port(destination, fields.ports.destination))
             }
             None => (fields.source_mac.to_string(), fields.destination_mac.to_string()),
         };
-        let Action { rewrite, output } = flow.action;
+        let Action { rewrite, output, .. } = flow.action;
         let action = match output {
             Output::Port(port) => format!("port {}", self.link_name(port)),
             Output::Encap { peer, network } => {
@@ -55,6 +55,10 @@ impl Control {
             destination,
             protocol: protocol_name(fields.protocol, fields.addresses.is_some()),
             action: if rewrite.is_some() { format!("route, {action}") } else { action },
+            leaves_as: leaves_as.map(|to| {
+                let is_v6 = fields.addresses.is_some_and(|(source, _)| source.is_ipv6());
+                to.ends(is_v6).map(|(address, port)| with_port(address, port))
+            }),
             packets: flow.packets,
             bytes: flow.bytes,
             idle_ms: now_ns.saturating_sub(flow.used_ns) / 1_000_000,

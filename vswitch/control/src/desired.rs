@@ -13,6 +13,7 @@ use crate::backend::Attached;
 use crate::follow::Followed;
 use crate::learned::PlaceLimits;
 use crate::routes::routers;
+use crate::services::{EgressEntry, ServiceEntry};
 use crate::state::{PortRecord, State, Waiting};
 use crate::{HOST_PORT, is_uplink};
 
@@ -32,6 +33,8 @@ pub(crate) struct Desired {
     pub(crate) imported: HashMap<(NetworkIndex, IpNet), IpAddr>,
     pub(crate) imported_counts: HashMap<IpAddr, usize>,
     pub(crate) mirrors: BTreeMap<String, MirrorSpec>,
+    pub(crate) services: BTreeMap<String, ServiceEntry>,
+    pub(crate) egress: BTreeMap<String, EgressEntry>,
     /// Stations that ports with a limit had too many of.
     pub(crate) refused: BTreeMap<PortId, u64>,
     /// What the kernel's own VXLAN devices know of bridged networks.
@@ -173,7 +176,9 @@ impl Desired {
         let waiting = waiting.filter(|spec| spec.network.as_deref() == Some(&name));
         let specs = ports.map(|port| &port.record.spec).chain(waiting);
         let own = self.networks.get(&name).map(|network| routers(&network.spec)).unwrap_or_default();
-        specs.flat_map(|spec| spec.addresses.iter().copied()).chain(own).collect()
+        let egress = self.egress.values().filter(|rule| rule.network == network);
+        let egress = egress.flat_map(|rule| rule.spec.addresses.iter().copied());
+        specs.flat_map(|spec| spec.addresses.iter().copied()).chain(own).chain(egress).collect()
     }
 
     /// How many stations a place may have, and whether they stay there.
@@ -292,6 +297,8 @@ impl Desired {
                 .cloned()
                 .collect(),
             mirrors: self.mirrors.values().cloned().collect(),
+            services: values(self.services.values(), |entry| (!entry.is_configured).then(|| entry.spec.clone())),
+            egress: values(self.egress.values(), |entry| (!entry.is_configured).then(|| entry.spec.clone())),
             cursors: self
                 .cursors
                 .iter()

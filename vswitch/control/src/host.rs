@@ -41,7 +41,7 @@ pub struct HostPlan {
     pub addresses: Vec<IpAddr>,
     /// This node's own ranges, by way of the host's end: what a routing daemon may advertise.
     pub ranges: Vec<IpNet>,
-    /// Other nodes' prefixes, by way of the host's end, and their MTU.
+    /// Other nodes' prefixes, and addresses that the switch translates, by way of the host's end, and their MTU.
     pub remote: Vec<(IpNet, u32)>,
     /// The rules of the table `inet vswitch`, for `nft -f`; none if there are none.
     pub rules: Option<String>,
@@ -57,11 +57,13 @@ impl Control {
         let asked = self.desired.routes.keys().filter(|(index, _)| *index == network.index);
         // The default route is the host's own affair.
         let remote = asked.map(|&(_, prefix)| (prefix, wire)).filter(|(prefix, _)| prefix.prefix_len() > 0);
+        let translated = self.translated_addresses(network.index).into_iter().map(IpNet::from);
+        let translated = translated.filter(|address| !network.spec.ranges.iter().any(|range| range.contains(address)));
         let ranges = if network.spec.ranges.is_empty() { &network.spec.subnets } else { &network.spec.ranges };
         Some(HostPlan {
             addresses: routers(&network.spec),
             ranges: ranges.clone(),
-            remote: remote.collect(),
+            remote: remote.chain(translated.map(|address| (address, wire))).collect(),
             rules: self.rules(network, link),
             udp: self.udp_mappings(network),
         })

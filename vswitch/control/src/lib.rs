@@ -37,6 +37,7 @@ pub mod policy;
 mod ports;
 mod report;
 mod routes;
+mod services;
 mod state;
 mod stations;
 mod tagged;

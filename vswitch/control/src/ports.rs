@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use vswitch_api::{Answer, ApiError, Attachment, Bandwidth, ErrorCode, FdbTarget, NetworkMode, PortSpec};
 use vswitch_dataplane::connection::Entry;
-use vswitch_dataplane::{Bucket, Limits, Location};
+use vswitch_dataplane::{Bucket, Limits, Location, Translation};
 use vswitch_net::{POD_LINK_MTU, POD_LINK_MTU_MIN, PortId};
 
 use crate::backend::Backend;
@@ -82,6 +82,11 @@ impl Control {
             }
             if let Some(other) = others().find(|other| other.addresses.contains(&address)) {
                 return Err(conflict(format!("address {address} belongs to the port of link {} already", other.link)));
+            }
+            if self.translated_addresses(network.index).contains(&address) {
+                return Err(conflict(format!(
+                    "address {address} is a service's or an egress rule's: `switchctl service list` and `egress list`"
+                )));
             }
             if let Some(route) = self.desired.routes.get(&(network.index, IpNet::from(address))) {
                 return Err(conflict(format!(
@@ -243,7 +248,10 @@ impl Control {
         // Whoever gets its addresses next has not begun its connections.
         let (network, addresses) = (port.network, &port.record.spec.addresses);
         if backend.connections().config().keeps_established {
-            let is_its = |entry: &Entry| entry.key.network == network && entry.has_end(addresses);
+            let is_its = |entry: &Entry, leaves_as: Option<&Translation>| {
+                let mut ends = entry.all_ends(leaves_as);
+                entry.key.network == network && ends.any(|(address, _)| addresses.contains(&address))
+            };
             backend.connections().forget(is_its);
         }
         for &address in &port.record.spec.addresses {

@@ -45,6 +45,8 @@ impl Control {
             Request::FdbList { network } => Answer::Fdb { stations: self.stations(now_ns, self.filter(network)?) },
             Request::RouteList { network } => Answer::Routes { routes: self.routes(self.filter(network)?) },
             Request::MirrorList => Answer::Mirrors { mirrors: self.desired.mirrors.values().cloned().collect() },
+            Request::ServiceList => self.service_list(now_ns, backend),
+            Request::EgressList => self.egress_list(now_ns, backend),
             Request::GroupList => Answer::Groups { groups: self.group_list(now_ns) },
             Request::NeighborList => Answer::Neighbors { neighbors: self.neighbors() },
             Request::FlowList { limit } => Answer::Flows { flows: self.flows(now_ns, limit, backend) },

@@ -5,7 +5,10 @@
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use vswitch_api::{ErrorCode, FdbSpec, FdbTarget, MirrorSpec, NetworkSpec, PeerSpec, PortSpec, Request, RouteSpec};
+use vswitch_api::{
+    EgressSpec, ErrorCode, FdbSpec, FdbTarget, MirrorSpec, NetworkSpec, PeerSpec, PortSpec, Request, RouteSpec,
+    ServiceSpec,
+};
 use vswitch_net::PortId;
 
 use crate::Control;
@@ -51,6 +54,12 @@ pub struct State {
     /// Mirrors.
     #[serde(default)]
     pub mirrors: Vec<MirrorSpec>,
+    /// Services that requests made.
+    #[serde(default)]
+    pub services: Vec<ServiceSpec>,
+    /// Egress rules that requests made.
+    #[serde(default)]
+    pub egress: Vec<EgressSpec>,
     /// Network, range and last address of the built-in IPAM; numbers as text, being larger than JSON's.
     pub cursors: Vec<(String, IpNet, String)>,
 }
@@ -58,9 +67,15 @@ pub struct State {
 /// Restores in the order of dependence. Gives a sentence for everything that could not be.
 pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Backend) -> Vec<String> {
     let mut lost = Vec::new();
-    let State { networks, peers, routes, stations, ports, mirrors, cursors, .. } = state;
+    let State { networks, peers, routes, stations, ports, mirrors, services, egress, cursors, .. } = state;
     let early = networks.into_iter().map(Request::NetworkAdd).chain(peers.into_iter().map(Request::PeerAdd));
-    for request in early.chain(routes.into_iter().map(Request::RouteAdd)) {
+    // One by one: what cannot be restored keeps nothing else from it.
+    let services = services.into_iter().filter(|spec| !control.desired.services.contains_key(&spec.name));
+    let services = services.map(|spec| Request::ServiceSet { services: vec![spec] }).collect::<Vec<_>>();
+    let egress = egress.into_iter().filter(|spec| !control.desired.egress.contains_key(&spec.name));
+    let egress = egress.map(Request::EgressSet).collect::<Vec<_>>();
+    let late = services.into_iter().chain(egress);
+    for request in early.chain(routes.into_iter().map(Request::RouteAdd)).chain(late) {
         if let Err(error) = control.apply(request, backend) {
             let is_conflict = error.code == ErrorCode::Conflict;
             let why = if is_conflict { "what a request made gives way to the configuration: " } else { "" };

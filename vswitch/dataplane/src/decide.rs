@@ -38,32 +38,37 @@ pub struct Decision {
 
 /// Which side a packet came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Origin {
+pub enum Origin {
+    /// From a port here.
     Port,
+    /// From another node.
     Wire,
 }
 
-/// Decides about a packet by the snapshot alone. `head` is the first frame that `meta` was parsed from.
-pub fn decide(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Decision {
-    let Some(network) = snapshot.network(meta.network) else {
-        return drop_it(DropReason::UnknownVni);
-    };
+/// Whether a packet's sender may have sent it, by the snapshot alone. `head` is the first frame that `meta` was parsed from.
+///
+/// # Errors
+///
+/// Why not.
+pub fn check(meta: &Meta, head: &[u8], snapshot: &Snapshot) -> Result<Origin, DropReason> {
+    let network = snapshot.network(meta.network).ok_or(DropReason::UnknownVni)?;
     if meta.source.is_multicast() || meta.source.is_zero() {
-        return drop_it(DropReason::BadSourceMac);
+        return Err(DropReason::BadSourceMac);
     }
-    let checked = match snapshot.port(meta.ingress).map(|port| &port.kind) {
+    match snapshot.port(meta.ingress).map(|port| &port.kind) {
         Some(PortKind::Access(access)) => check_sender(meta, head, access, network, snapshot).map(|()| Origin::Port),
         Some(PortKind::Uplink(_)) if meta.peer.is_some() => check_peer(meta, snapshot).map(|()| Origin::Wire),
         Some(PortKind::Uplink(_)) => check_direct(meta, snapshot).map(|()| Origin::Wire),
         None => Err(DropReason::NoPort),
-    };
-    let origin = match checked {
-        Ok(origin) => origin,
-        Err(reason) => return drop_it(reason),
-    };
-    match network.mode {
-        NetworkMode::Bridged => bridge(meta, head, network, snapshot),
-        NetworkMode::Routed(gateway) => {
+    }
+}
+
+/// Decides about a packet that [`check`] let pass, by the snapshot alone.
+pub fn decide(meta: &Meta, head: &[u8], origin: Origin, snapshot: &Snapshot) -> Decision {
+    match snapshot.network(meta.network).map(|network| (network, network.mode)) {
+        None => drop_it(DropReason::UnknownVni),
+        Some((network, NetworkMode::Bridged)) => bridge(meta, head, network, snapshot),
+        Some((_, NetworkMode::Routed(gateway))) => {
             let verdict = route(meta, head, &gateway, origin, snapshot).unwrap_or_else(Verdict::Drop);
             Decision { verdict, learn: None }
         }
@@ -114,10 +119,10 @@ fn bridge(meta: &Meta, head: &[u8], network: &Network, snapshot: &Snapshot) -> D
             (Some(Location::Port(port)), _) if are_isolated(meta.ingress, port, snapshot) => {
                 Verdict::Drop(DropReason::Isolated)
             }
-            (Some(Location::Port(port)), _) => Verdict::Forward(Action { rewrite: None, output: Output::Port(port) }),
+            (Some(Location::Port(port)), _) => Verdict::Forward(Action::new(None, Output::Port(port))),
             (Some(Location::Peer(_)), Some(_)) => Verdict::Drop(DropReason::SplitHorizon),
             (Some(Location::Peer(peer)), None) => {
-                Verdict::Forward(Action { rewrite: None, output: Output::Encap { peer, network: meta.network } })
+                Verdict::Forward(Action::new(None, Output::Encap { peer, network: meta.network }))
             }
         }
     };
@@ -187,19 +192,20 @@ fn route(
         None => Err(DropReason::NoRoute),
         Some(NextHop::Nowhere) => Err(DropReason::NoHost),
         Some(NextHop::Gateway) => to_gateway(meta),
-        Some(NextHop::Port { port, .. }) if port == meta.ingress && !is_hairpin(port, snapshot) => {
+        // Who reaches itself by a service's address gets its own packets back.
+        Some(NextHop::Port { port, .. }) if port == meta.ingress && !meta.is_turned && !is_hairpin(port, snapshot) => {
             Err(DropReason::SamePort)
         }
         Some(NextHop::Port { port, .. }) if are_isolated(meta.ingress, port, snapshot) => Err(DropReason::Isolated),
         Some(NextHop::Port { port, mac }) => {
             let rewrite = Some(Rewrite { destination: mac, source: gateway.mac });
-            Ok(Verdict::Forward(Action { rewrite, output: Output::Port(port) }))
+            Ok(Verdict::Forward(Action::new(rewrite, Output::Port(port))))
         }
         Some(NextHop::Peer(_)) if !is_from_pod => Err(DropReason::SplitHorizon),
         Some(NextHop::Peer(peer)) => {
             let mac = snapshot.peer(peer).ok_or(DropReason::NoNeighbor)?.router_mac;
             let rewrite = Some(Rewrite { destination: mac, source: gateway.mac });
-            Ok(Verdict::Forward(Action { rewrite, output: Output::Encap { peer, network: meta.network } }))
+            Ok(Verdict::Forward(Action::new(rewrite, Output::Encap { peer, network: meta.network })))
         }
     }
 }

@@ -18,6 +18,7 @@ use crate::segment;
 use crate::shape::{Held, Queue, Shaped, may_wait};
 use crate::snapshot::{NetworkMode, Path, Port, PortKind, Snapshot};
 use crate::table::route::NextHop;
+use crate::translate::{Translation, translate};
 use crate::verdict::{DropReason, Rewrite};
 use crate::vxlan::{ETHERNET, ETHERTYPE_VLAN, TAG};
 
@@ -55,14 +56,27 @@ pub(crate) struct Scratch {
     pub(crate) to: Vec<Queue>,
 }
 
+/// What is written into a packet on its way out.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Edit {
+    /// Of a routed packet: both MAC addresses, and one hop less.
+    pub(crate) rewrite: Option<Rewrite>,
+    /// Other addresses and ports.
+    pub(crate) translation: Option<Translation>,
+}
+
+impl Edit {
+    pub(crate) const NONE: Edit = Edit { rewrite: None, translation: None };
+}
+
 impl<P: PortIo> Egress<'_, P> {
     /// Out of a port of this switch.
     #[inline]
-    pub(crate) fn local(&mut self, mut packet: Packet, meta: &Meta, port: PortId, rewrite: Option<Rewrite>) {
+    pub(crate) fn local(&mut self, mut packet: Packet, meta: &Meta, port: PortId, edit: &Edit) {
         let Some(info) = self.snapshot.port(port) else {
             return self.drop(packet, meta.ingress, DropReason::NoPort);
         };
-        match self.prepare(&mut packet, meta, info, rewrite) {
+        match self.prepare(&mut packet, meta, info, edit) {
             Ok(l4) => {
                 let request = match meta.checksum {
                     Checksum::Complete => None,
@@ -76,22 +90,15 @@ impl<P: PortIo> Egress<'_, P> {
                     Some(limit) => self.shape(packet, meta.ingress, port, limit, request),
                 }
             }
-            Err(reason) => self.refuse_local(packet, meta, port, reason, rewrite),
+            Err(reason) => self.refuse_local(packet, meta, port, reason, edit),
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn refuse_local(
-        &mut self,
-        packet: Packet,
-        meta: &Meta,
-        port: PortId,
-        reason: DropReason,
-        rewrite: Option<Rewrite>,
-    ) {
+    fn refuse_local(&mut self, packet: Packet, meta: &Meta, port: PortId, reason: DropReason, edit: &Edit) {
         let mtu = self.snapshot.port(port).map_or(0, |port| port.mtu);
-        let again = |egress: &mut Self, part: Packet, meta: &Meta| egress.local(part, meta, port, rewrite);
+        let again = |egress: &mut Self, part: Packet, meta: &Meta| egress.local(part, meta, port, edit);
         self.refuse(packet, meta, reason, mtu, again);
     }
 
@@ -103,14 +110,14 @@ impl<P: PortIo> Egress<'_, P> {
         meta: &Meta,
         peer: PeerIndex,
         network: NetworkIndex,
-        rewrite: Option<Rewrite>,
+        edit: &Edit,
     ) {
-        match self.encapsulate(&mut packet, meta, peer, network, rewrite) {
+        match self.encapsulate(&mut packet, meta, peer, network, edit) {
             Ok(port) => self.send(packet, meta.ingress, port, None),
             Err(reason) => {
                 let mtu = self.mtu_to(peer, network, meta.hash);
                 let again = |egress: &mut Self, part: Packet, meta: &Meta| {
-                    egress.encap(part, meta, peer, network, rewrite);
+                    egress.encap(part, meta, peer, network, edit);
                 };
                 self.refuse(packet, meta, reason, mtu, again);
             }
@@ -128,8 +135,8 @@ impl<P: PortIo> Egress<'_, P> {
             },
         };
         match came_from {
-            Some(peer) => self.encap(packet, meta, peer, meta.network, None),
-            None => self.local(packet, meta, meta.ingress, None),
+            Some(peer) => self.encap(packet, meta, peer, meta.network, &Edit::NONE),
+            None => self.local(packet, meta, meta.ingress, &Edit::NONE),
         }
     }
 
@@ -294,13 +301,7 @@ impl<P: PortIo> Egress<'_, P> {
 
     /// Makes a packet ready for a port here; where its layer 4 begins then.
     #[inline]
-    fn prepare(
-        &mut self,
-        packet: &mut Packet,
-        meta: &Meta,
-        info: &Port,
-        rewrite: Option<Rewrite>,
-    ) -> Result<u16, DropReason> {
+    fn prepare(&mut self, packet: &mut Packet, meta: &Meta, info: &Port, edit: &Edit) -> Result<u16, DropReason> {
         let PortKind::Access(access) = &info.kind else { return Err(DropReason::NoPort) };
         let tag = access.tag_of(meta.network).ok_or(DropReason::NoPort)?;
         if !fits(packet, info) {
@@ -309,9 +310,7 @@ impl<P: PortIo> Egress<'_, P> {
         if meta.is_syn && meta.peer.is_some() {
             self.clamp(packet, meta);
         }
-        if let Some(rewrite) = rewrite {
-            apply(packet, meta, &rewrite)?;
-        }
+        self.apply(packet, meta, edit)?;
         let Some(vid) = tag else { return Ok(meta.l4) };
         push_tag(packet, vid)?;
         Ok(meta.l4 + TAG as u16)
@@ -324,7 +323,7 @@ impl<P: PortIo> Egress<'_, P> {
         meta: &Meta,
         peer: PeerIndex,
         network: NetworkIndex,
-        rewrite: Option<Rewrite>,
+        edit: &Edit,
     ) -> Result<PortId, DropReason> {
         let is_direct = self.snapshot.is_direct(peer, network);
         let network = self.snapshot.network(network).ok_or(DropReason::UnknownVni)?;
@@ -338,9 +337,7 @@ impl<P: PortIo> Egress<'_, P> {
         if meta.is_syn {
             self.clamp(packet, meta);
         }
-        if let Some(rewrite) = rewrite {
-            apply(packet, meta, &rewrite)?;
-        }
+        self.apply(packet, meta, edit)?;
         if let Checksum::Partial { offset } = meta.checksum {
             complete(packet, meta, offset, self.umem);
         }
@@ -366,6 +363,18 @@ impl<P: PortIo> Egress<'_, P> {
         let path = self.snapshot.peer(peer).and_then(|peer| peer.path(hash));
         let room = |path: &Path| if self.snapshot.is_direct(peer, network) { 0 } else { path.header.overhead() as u32 };
         path.map_or(0, |path| path.mtu.saturating_sub(room(path)))
+    }
+
+    /// Writes into a packet what its way says. What cannot be is known before the first byte is written.
+    #[inline]
+    fn apply(&self, packet: &mut Packet, meta: &Meta, edit: &Edit) -> Result<(), DropReason> {
+        if let Some(rewrite) = &edit.rewrite {
+            route(packet, meta, rewrite)?;
+        }
+        if let Some(translation) = &edit.translation {
+            translate(packet, meta, translation, self.umem);
+        }
+        Ok(())
     }
 
     fn clamp(&self, packet: &mut Packet, meta: &Meta) {
@@ -400,7 +409,7 @@ pub(crate) fn fits(packet: &Packet, port: &Port) -> bool {
 
 /// Both MACs, and one hop less.
 #[inline]
-fn apply(packet: &mut Packet, meta: &Meta, rewrite: &Rewrite) -> Result<(), DropReason> {
+fn route(packet: &mut Packet, meta: &Meta, rewrite: &Rewrite) -> Result<(), DropReason> {
     if meta.ttl <= 1 {
         return Err(DropReason::TtlExpired);
     }

@@ -14,19 +14,22 @@
 //! its share, so that others find room.
 
 use std::net::IpAddr;
+use std::sync::MutexGuard;
 
 use vswitch_net::{NetworkIndex, PortId};
 use vswitch_xsk::{Packet, Umem};
 
-use crate::connection::{Connections, ELSEWHERE, Entry, Key, Shard, State, Tuple, quoted, tcp};
+use crate::connection::{Connections, ELSEWHERE, Entry, Found, Quote, Shard, Sought, State, Tuple, quoted, tcp};
 use crate::decide::is_discovery;
 use crate::icmp;
 use crate::intact::is_intact;
 use crate::meta::{Kind, Meta};
+use crate::nat::{self, Turn};
 use crate::parse::{ICMP, ICMPV6, IGMP, SCTP, TCP, byte_at};
 use crate::snapshot::{SenderCheck, Snapshot};
 use crate::table::flow::NO_WINDOW;
 use crate::table::policy::{Class, Judgement, PolicySet, RuleId, Subject};
+use crate::translate::{Translation, address};
 use crate::verdict::DropReason;
 
 /// What is asked.
@@ -36,6 +39,8 @@ pub(crate) struct Passage<'a> {
     pub(crate) umem: &'a Umem,
     pub(crate) packet: &'a Packet,
     pub(crate) meta: &'a Meta,
+    /// What it leaves as, if not as it came.
+    pub(crate) turn: Option<&'a Turn>,
     /// The port that it goes to, if that is one here.
     pub(crate) to: Option<PortId>,
     /// The newest sequence number of its flow.
@@ -54,6 +59,8 @@ pub(crate) struct Admitted {
     pub(crate) log: Option<RuleId>,
     /// False if another packet of the same flow may be judged otherwise.
     pub(crate) is_lasting: bool,
+    /// What it leaves as, if not as it came.
+    pub(crate) leaves_as: Option<Translation>,
 }
 
 /// It may not.
@@ -74,7 +81,7 @@ impl From<DropReason> for Refused {
 
 /// Passes without a connection.
 pub(crate) const PASSED: Admitted =
-    Admitted { window_bits: NO_WINDOW, allowed_by: [None; 2], log: None, is_lasting: true };
+    Admitted { window_bits: NO_WINDOW, allowed_by: [None; 2], log: None, is_lasting: true, leaves_as: None };
 
 /// One end of a connection: its policies, if it is here, and its address.
 #[derive(Clone, Copy)]
@@ -107,7 +114,9 @@ struct Answer {
 ///
 /// Why not.
 pub(crate) fn admit(passage: &Passage<'_>) -> Result<Admitted, Refused> {
-    let Passage { snapshot, meta, .. } = *passage;
+    let Passage { snapshot, turn, .. } = *passage;
+    // From who sent it to who gets it.
+    let meta = turn.map_or(passage.meta, |turn| &turn.meta);
     let sender = snapshot.port(meta.ingress).map(|port| &port.policy);
     let receiver = passage.to.and_then(|port| snapshot.port(port)).map(|port| &port.policy);
     let Some((source, destination)) = meta.addresses() else {
@@ -122,8 +131,8 @@ pub(crate) fn admit(passage: &Passage<'_>) -> Result<Admitted, Refused> {
     let to = End { subject: receiver.filter(|_| !is_own), address: destination };
     let is_policed = from.is_policed() || to.is_policed();
     // What changes nothing is its receiver's to check.
-    let is_change = meta.is_control || icmp::is_error(meta);
-    if is_policed && is_change && !is_intact(passage.packet, passage.umem, meta) {
+    let is_change = meta.is_control || (icmp::is_error(meta) && turn.is_none());
+    if is_policed && is_change && !is_intact(passage.packet, passage.umem, passage.meta) {
         return Err(DropReason::BadChecksum.into());
     }
     if icmp::is_error(meta) {
@@ -132,7 +141,7 @@ pub(crate) fn admit(passage: &Passage<'_>) -> Result<Admitted, Refused> {
     if !meta.has_ports && meta.fragment.is_some() {
         return unjudged(passage, from, to);
     }
-    match Tuple::of(meta) {
+    match Tuple::of(passage.meta) {
         None => {
             // ICMP that belongs to no question: each is judged by itself, by type and code.
             let Meta { network, protocol, .. } = *meta;
@@ -172,21 +181,27 @@ fn follow(walk: &Walk<'_>) -> Result<Admitted, Refused> {
             return Err(DropReason::FragmentedSyn.into());
         }
     }
-    let (key, is_low) = walk.tuple.key(meta.network);
-    let hash = key.hash(connections.config().seed);
-    let mut shard = connections.shard(hash);
-    if let Some(at) = shard.find(hash, &key) {
+    let sought = connections.seek(walk.tuple, meta.network);
+    loop {
+        let Found { mut shard, at, side, is_after } = match connections.find(&sought) {
+            Ok(found) => found,
+            Err(shard) => return walk.begin(shard, &sought, false),
+        };
         let entry = shard.get(at);
         let is_over = entry.is_expired(now_ns, &connections.config().timeouts)
             || walk.segment.is_some_and(|segment| tcp::is_reuse(entry.state, &segment))
             || (entry.state == State::Shutdown && walk.chunk == Some(SCTP_INIT));
-        let side = usize::from(is_low != entry.is_from_low);
-        if !is_over {
-            return walk.go_on(&mut shard, at, side);
+        match (is_over, is_after, side) {
+            (true, ..) => connections.remove(&mut shard, at),
+            (false, false, _) => return walk.go_on(&mut shard, at, side),
+            // It looks as another's packets do when they have been translated, and must not be taken for one of them.
+            (false, true, 0) => {
+                drop(shard);
+                return walk.begin(connections.shard(sought.hash), &sought, true);
+            }
+            (false, true, _) => return Err(DropReason::NoConnection.into()),
         }
-        connections.remove(&mut shard, at);
     }
-    walk.begin(&mut shard, key, hash, is_low)
 }
 
 /// A packet beside its connection.
@@ -219,7 +234,8 @@ impl<'a> Walk<'a> {
 
     /// What policies say if this packet is of who began (0) or of who answers (1).
     fn ask(&self, side: usize) -> Answer {
-        let Passage { snapshot, meta, .. } = *self.passage;
+        let Passage { snapshot, .. } = *self.passage;
+        let meta = self.passage.turn.map_or(self.passage.meta, |turn| &turn.meta);
         let (from, to, port) = match side {
             0 => (self.from, self.to, port_of(meta)),
             _ => (self.to, self.from, port_back(meta)),
@@ -237,7 +253,12 @@ impl<'a> Walk<'a> {
 
     /// One packet more of a connection that is known.
     fn go_on(&self, shard: &mut Shard, at: u32, side: usize) -> Result<Admitted, Refused> {
-        let Passage { snapshot, connections, last_seq, now_ns, .. } = *self.passage;
+        let Passage { snapshot, connections, last_seq, now_ns, turn, .. } = *self.passage;
+        let leaves_as = shard.leaves_as(at, side);
+        if leaves_as != turn.and_then(|turn| turn.leaves_as) {
+            // Begun or ended by another worker since the packet was routed.
+            return Err(DropReason::NoConnection.into());
+        }
         let entry = shard.get_mut(at);
         // What would begin one must be allowed to, from whichever side.
         let is_beginning = self.segment.is_some_and(|segment| tcp::is_beginning(entry, side, &segment))
@@ -267,7 +288,7 @@ impl<'a> Walk<'a> {
         match self.step(entry, side, last_seq, now_ns) {
             Err(reason) if self.is_policed => return Err(reason.into()),
             // Nobody asked to be protected from it.
-            Err(_) => return Ok(Admitted { is_lasting: false, ..PASSED }),
+            Err(_) => return Ok(Admitted { is_lasting: false, leaves_as, ..PASSED }),
             Ok(()) => {}
         }
         entry.used_ns = now_ns;
@@ -277,12 +298,20 @@ impl<'a> Walk<'a> {
         if entry.is_replied {
             shard.unlist(at);
         }
-        Ok(Admitted { window_bits, ..PASSED })
+        Ok(Admitted { window_bits, leaves_as, ..PASSED })
     }
 
-    /// The first packet of a connection, or of one that was under way.
-    fn begin(&self, shard: &mut Shard, key: Key, hash: u64, is_low: bool) -> Result<Admitted, Refused> {
-        let Passage { snapshot, connections, meta, now_ns, .. } = *self.passage;
+    /// The first packet of a connection, or of one that was under way. `shard` is its own. It must leave with another port if
+    /// it `is_taken` for one of another connection otherwise.
+    fn begin<'s>(&self, mut shard: MutexGuard<'s, Shard>, sought: &Sought, is_taken: bool) -> Result<Admitted, Refused>
+    where
+        'a: 's,
+    {
+        let Passage { snapshot, connections, meta, now_ns, turn, .. } = *self.passage;
+        if turn.is_some_and(|turn| turn.is_answer) {
+            return Err(DropReason::NoConnection.into());
+        }
+        let leaves_as = turn.and_then(|turn| turn.leaves_as).or(is_taken.then(|| self.tuple.ends()));
         if self.is_policed && !is_intact(self.passage.packet, self.passage.umem, meta) {
             return Err(DropReason::BadChecksum.into());
         }
@@ -296,10 +325,11 @@ impl<'a> Walk<'a> {
         let is_headless = meta.protocol == TCP && self.segment.is_none();
         if !begins && (is_reset || is_echo || is_headless) {
             let passed = Admitted { is_lasting: false, ..PASSED };
-            return if self.is_policed { Err(DropReason::NoConnection.into()) } else { Ok(passed) };
+            let may_pass = !self.is_policed && leaves_as.is_none();
+            return if may_pass { Ok(passed) } else { Err(DropReason::NoConnection.into()) };
         }
         let (mut began, mut answer) = (0, self.ask(0));
-        if !answer.judgement.is_allowed && !begins {
+        if !answer.judgement.is_allowed && !begins && leaves_as.is_none() {
             // Taken up in the middle: this may be the answering side.
             let reverse = self.ask(1);
             if reverse.judgement.is_allowed {
@@ -315,7 +345,18 @@ impl<'a> Walk<'a> {
         if began == 1 {
             ends.swap(0, 1);
         }
-        let mut entry = Entry::new(key, is_low == (began == 0), self.places(began), state, now_ns);
+        let leaves_as = match leaves_as {
+            None => None,
+            Some(wanted) => {
+                // No two shards are locked at once.
+                drop(shard);
+                let leaves_as = nat::leave(connections, sought, wanted, now_ns)?;
+                // Another worker may have begun it meanwhile; who sent this will send it again.
+                shard = connections.find_by_key(sought).err().ok_or(DropReason::NoConnection)?;
+                Some(leaves_as)
+            }
+        };
+        let mut entry = Entry::new(sought.key, sought.is_low == (began == 0), self.places(began), state, now_ns);
         entry.heard = 1 << began;
         entry.generation = snapshot.generation;
         entry.ends = ends;
@@ -324,10 +365,11 @@ impl<'a> Walk<'a> {
         let window_bits = self.window_bits(&entry, began);
         // The host speaks for many.
         let is_limited = snapshot.access(meta.ingress).is_some_and(|access| access.check != SenderCheck::Elsewhere);
-        if !connections.insert(shard, hash, entry, is_limited) && self.is_policed {
+        let is_known = connections.insert(&mut shard, sought.hash, entry, leaves_as, is_limited);
+        if !is_known && (self.is_policed || leaves_as.is_some()) {
             return Err(DropReason::ConnectionsFull.into());
         }
-        Ok(Admitted { window_bits, allowed_by: entry.rules(), log, is_lasting: true })
+        Ok(Admitted { window_bits, allowed_by: entry.rules(), log, is_lasting: true, leaves_as })
     }
 
     /// True for what begins a connection, were there none.
@@ -379,32 +421,30 @@ const BOTH: u8 = 3;
 fn related(passage: &Passage<'_>, from: End<'_>, to: End<'_>, is_policed: bool) -> Result<Admitted, Refused> {
     let Passage { snapshot, connections, meta, now_ns, .. } = *passage;
     let unrelated = || if is_policed { Err(DropReason::UnrelatedError.into()) } else { Ok(PASSED) };
-    let Ok(tuple) = quoted(meta, passage.packet.head().data()) else { return unrelated() };
-    if tuple.source != [meta.key.0[6], meta.key.0[7]] {
+    let Ok(Quote { tuple, .. }) = quoted(meta, passage.packet.head().data()) else { return unrelated() };
+    if to.address != address(tuple.source, tuple.is_v6) {
         // It is no word about anything that its receiver has sent.
         return unrelated();
     }
-    let (key, is_low) = tuple.key(meta.network);
-    let hash = key.hash(connections.config().seed);
-    let shard = connections.shard(hash);
-    let Some(at) = shard.find(hash, &key) else { return unrelated() };
-    let entry = shard.get(at);
-    if entry.is_expired(now_ns, &connections.config().timeouts) {
+    let Ok(found) = connections.find(&connections.seek(tuple, meta.network)) else { return unrelated() };
+    let Found { shard, at, side, is_after } = &found;
+    let entry = shard.get(*at);
+    if entry.is_expired(now_ns, &connections.config().timeouts) || *is_after {
         return unrelated();
     }
     // The quoted packet came from who gets the error, so that is an end of the connection; who reports may be a router
     // on the way, and only if it is the other end its policies are known here.
-    let began_by_receiver = is_low == entry.is_from_low;
-    let [low, high] = entry.key.ends();
-    let (other, _) = if is_low { high } else { low };
+    let left = entry.tuple();
+    let left = shard.translation(*at).map_or(left, |to| left.translated(to));
+    let began_by_receiver = *side == 0;
+    let other = if began_by_receiver { left.destination } else { entry.tuple().source };
+    let other = address(other, tuple.is_v6);
     let reporter = End { subject: from.subject.filter(|_| from.address == other), address: other };
     let port = if tuple.is_echo.is_some() {
         let kind: u16 = if tuple.protocol == ICMP { 8 } else { 128 };
         kind << 8
-    } else if began_by_receiver {
-        tuple.ports.1
     } else {
-        tuple.ports.0
+        left.ports.1
     };
     let (protocol, network) = (tuple.protocol, meta.network);
     let ask = || {

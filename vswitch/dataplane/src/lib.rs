@@ -29,6 +29,7 @@ mod judge;
 pub mod meta;
 mod miss;
 mod multicast;
+mod nat;
 pub mod parse;
 mod port;
 mod replicate;
@@ -38,6 +39,7 @@ mod shape;
 mod snapshot;
 pub mod table;
 mod tagged;
+mod translate;
 mod verdict;
 pub mod vxlan;
 mod worker;
@@ -51,5 +53,6 @@ pub use snapshot::{
     Access, Gateway, Limits, Mirror, Network, NetworkMode, Path, Peer, Port, PortKind, Receivers, SenderCheck,
     Snapshot, Storm, Underlay,
 };
+pub use translate::Translation;
 pub use verdict::{Action, DropReason, Output, Rewrite, Verdict};
 pub use worker::{BURST, Turn, Worker, WorkerConfig};

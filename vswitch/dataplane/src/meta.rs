@@ -4,6 +4,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 
+use crate::parse::{ICMP, ICMPV6};
+use crate::translate::Translation;
+
 /// One packet's facts. Offsets count from the packet's current start.
 #[derive(Clone, Copy, Debug)]
 pub struct Meta {
@@ -45,6 +48,8 @@ pub struct Meta {
     pub seq: u32,
     /// State of the layer 4 checksum.
     pub checksum: Checksum,
+    /// True if the key's destination is where the packet goes, and not what it says.
+    pub is_turned: bool,
 }
 
 /// Which part of a datagram a packet is (RFC 791 section 3.1, RFC 8200 section 4.5).
@@ -229,6 +234,16 @@ impl Meta {
         self.key.0[3] = ports.word();
         self.has_ports = true;
         self.hash = self.key.without_control().hash(seed);
+    }
+
+    /// The packet with the destination that it goes to. Its source stays, which is what it is judged by.
+    pub(crate) fn turned(&self, to: &Translation) -> Meta {
+        let mut key = self.key;
+        [key.0[6], key.0[7]] = to.destination;
+        if self.protocol != ICMP && self.protocol != ICMPV6 {
+            key.0[3] = L4Key { source: key.fields().ports.source, destination: to.ports.1 }.word();
+        }
+        Meta { key, is_turned: true, ..*self }
     }
 
     /// True if the layer 4 header is in this packet.

@@ -6,13 +6,14 @@ use vswitch_net::MacAddr;
 use vswitch_xsk::Packet;
 
 use crate::connection::Connections;
-use crate::decide::{Decision, decide, known_neighbor};
+use crate::decide::{Decision, check, decide, known_neighbor};
 use crate::egress::Egress;
 use crate::event::{Events, FlowNews};
 use crate::icmp;
 use crate::judge::{self, Admitted, Passage, Refused};
 use crate::meta::Meta;
 use crate::multicast;
+use crate::nat::{Turn, Turning};
 use crate::port::PortIo;
 use crate::reply;
 use crate::snapshot::{NetworkMode, Snapshot};
@@ -35,9 +36,20 @@ impl Miss<'_> {
         out: &mut Egress<'_, P>,
         events: &mut Events,
     ) -> Option<(Action, Admitted)> {
-        let meta = self.meta;
-        let packet = slot.as_ref()?;
-        let decision = decide(meta, packet.head().data(), out.snapshot);
+        let Miss { meta, now_ns, connections, .. } = *self;
+        let turning = Turning { meta, snapshot: out.snapshot, connections, now_ns };
+        let checked = check(meta, slot.as_ref()?.head().data(), out.snapshot);
+        let packet = slot.as_mut()?;
+        let turned = checked.and_then(|origin| Ok((origin, turning.turn(packet, out.umem)?)));
+        let (origin, turn) = match turned {
+            Ok(turned) => turned,
+            Err(reason) => {
+                refuse(slot.take()?, meta, reason, out);
+                return None;
+            }
+        };
+        let routed = turn.as_ref().map_or(meta, |turn| &turn.meta);
+        let decision = decide(routed, slot.as_ref()?.head().data(), origin, out.snapshot);
         if let Some(location) = decision.learn
             && !events.seen(self.now_ns, meta.network, meta.source, location)
         {
@@ -45,7 +57,7 @@ impl Miss<'_> {
         }
         // What goes to many is judged for each receiver.
         if let Verdict::Forward(action) = decision.verdict {
-            return self.admit(slot, action, out, events);
+            return self.admit(slot, turn.as_ref(), action, out, events);
         }
         finish(slot, meta, decision, out, events);
         None
@@ -55,6 +67,7 @@ impl Miss<'_> {
     fn admit<P: PortIo>(
         &self,
         slot: &mut Option<Packet>,
+        turn: Option<&Turn>,
         action: Action,
         out: &mut Egress<'_, P>,
         events: &mut Events,
@@ -63,14 +76,15 @@ impl Miss<'_> {
         let to = if let Output::Port(port) = action.output { Some(port) } else { None };
         let packet = slot.as_ref()?;
         let passage =
-            Passage { snapshot: out.snapshot, connections, umem: out.umem, packet, meta, to, last_seq, now_ns };
+            Passage { snapshot: out.snapshot, connections, umem: out.umem, packet, meta, turn, to, last_seq, now_ns };
         let judged = judge::admit(&passage);
         let (refused, rule) = match &judged {
             Ok(admitted) => (None, admitted.log),
             Err(refused) => (Some(refused.reason), refused.rule),
         };
         let is_news = rule.is_some() || refused.is_some();
-        if is_news && !events.flow(FlowNews { now_ns, key: meta.key, to, refused, rule }) {
+        let key = turn.map_or(meta.key, |turn| turn.meta.key);
+        if is_news && !events.flow(FlowNews { now_ns, key, to, refused, rule }) {
             out.counters.events_lost += 1;
         }
         match judged {
@@ -84,7 +98,7 @@ impl Miss<'_> {
                 Some((action, admitted))
             }
             Err(Refused { rule: Some(rule), is_lasting: true, .. }) => {
-                Some((Action { rewrite: None, output: Output::Deny(rule) }, judge::PASSED))
+                Some((Action::new(None, Output::Deny(rule)), judge::PASSED))
             }
             Err(Refused { reason, rule, .. }) => {
                 rule.into_iter().for_each(|rule| out.counters.deny(rule));
@@ -123,11 +137,16 @@ fn finish<P: PortIo>(
             Ok(()) => out.back(packet, meta),
             Err(reason) => out.drop(packet, meta.ingress, reason),
         },
-        // Nothing that is dropped here is too big, so there are no pieces to send on.
-        Verdict::Drop(reason) => out.refuse(packet, meta, reason, 0, |out, piece, meta| out.back(piece, meta)),
+        Verdict::Drop(reason) => refuse(packet, meta, reason, out),
         Verdict::Forward(_) => {}
     }
     Some(())
+}
+
+/// Drops a packet, and says so to its sender where a router must.
+fn refuse<P: PortIo>(packet: Packet, meta: &Meta, reason: DropReason, out: &mut Egress<'_, P>) {
+    // Nothing that is dropped here is too big, so there are no pieces to send on.
+    out.refuse(packet, meta, reason, 0, |out, piece, meta| out.back(piece, meta));
 }
 
 /// Whether a port may send another packet to many.

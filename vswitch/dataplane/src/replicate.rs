@@ -3,7 +3,7 @@
 use vswitch_net::{PeerIndex, PortId};
 use vswitch_xsk::Packet;
 
-use crate::egress::{Egress, complete, fits, push_tag};
+use crate::egress::{Edit, Egress, complete, fits, push_tag};
 use crate::judge;
 use crate::meta::{Checksum, Meta};
 use crate::multicast::{self, Membership};
@@ -81,7 +81,7 @@ impl<P: PortIo> Egress<'_, P> {
                 continue;
             }
             if let Some(copy) = self.copy(&packet, meta.ingress) {
-                self.local(copy, meta, port, None);
+                self.local(copy, meta, port, &Edit::NONE);
             }
         }
         if meta.peer.is_none() {
@@ -91,7 +91,7 @@ impl<P: PortIo> Egress<'_, P> {
                 if !may_leave {
                     self.refuse_copy(meta.ingress);
                 } else if let Some(copy) = self.copy(&packet, meta.ingress) {
-                    self.encap(copy, meta, peer, meta.network, None);
+                    self.encap(copy, meta, peer, meta.network, &Edit::NONE);
                 }
             }
         }
@@ -142,7 +142,7 @@ impl<P: PortIo> Egress<'_, P> {
                     self.drop(copy, meta.ingress, DropReason::TooBigForPort);
                 }
             }
-            Mirror::Peer(peer, network) => match self.encapsulate(&mut copy, &meta, peer, network, None) {
+            Mirror::Peer(peer, network) => match self.encapsulate(&mut copy, &meta, peer, network, &Edit::NONE) {
                 Ok(port) => self.send(copy, meta.ingress, port, None),
                 Err(reason) => self.drop(copy, meta.ingress, reason),
             },

@@ -10,11 +10,13 @@ use std::sync::Arc;
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId, Vni};
 
 use crate::bucket::Bucket;
+use crate::table::egress::EgressRules;
 use crate::table::fdb::Fdb;
 use crate::table::group::Groups;
 use crate::table::neighbor::Neighbors;
 use crate::table::policy::{Classes, Subject};
 use crate::table::route::Routes;
+use crate::table::service::Services;
 use crate::vxlan::OuterHeader;
 
 /// All that the data path knows.
@@ -42,6 +44,10 @@ pub struct Snapshot {
     pub neighbors: Neighbors,
     /// Members of multicast groups.
     pub groups: Groups,
+    /// Addresses that nobody has, and who answers for them.
+    pub services: Services,
+    /// What pods leave a routed network with, by network.
+    pub egress: HashMap<NetworkIndex, Arc<EgressRules>, foldhash::fast::RandomState>,
     /// What policies may ask about addresses.
     pub classes: Classes,
     /// Rules have numbers below this.

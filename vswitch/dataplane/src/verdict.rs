@@ -24,6 +24,8 @@ pub enum Verdict {
 pub struct Action {
     /// What to change, for routed packets.
     pub rewrite: Option<Rewrite>,
+    /// Whether addresses and ports change, too; the flow table keeps beside the action what they become.
+    pub is_translated: bool,
     /// Where they go. A way to a proxy, or through a cipher, would be one more of these.
     pub output: Output,
 }
@@ -51,6 +53,13 @@ pub struct Rewrite {
     pub destination: MacAddr,
     /// New source.
     pub source: MacAddr,
+}
+
+impl Action {
+    /// One that changes no address.
+    pub fn new(rewrite: Option<Rewrite>, output: Output) -> Action {
+        Action { rewrite, is_translated: false, output }
+    }
 }
 
 macro_rules! drop_reasons {
@@ -170,6 +179,10 @@ drop_reasons! {
     BadChecksum, "bad-checksum", "the TCP, UDP, SCTP or ICMP checksum is wrong: look for damage on the link";
     /// An ICMP error about nothing that is known.
     UnrelatedError, "unrelated-error", "an ICMP error that quotes no connection";
+    /// A service without backends.
+    NoBackend, "no-backend", "the service has no backend: see `switchctl service list`";
+    /// All ports that a translated connection could leave with are taken.
+    NoNatPort, "no-nat-port", "every port tried is taken at the address that the connection would leave with: give the egress rule more addresses";
     /// The connection table is full.
     ConnectionsFull, "connections-full", "the connection table is full of answered connections: raise `connections.limit`";
     /// For the gateway's own address, which offers nothing but ARP and neighbor discovery.

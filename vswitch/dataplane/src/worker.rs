@@ -14,7 +14,7 @@ use crate::connection::Connections;
 use crate::counters::Counters;
 use crate::counters::OWN;
 use crate::decide::is_cacheable;
-use crate::egress::{Egress, Ports, Scratch};
+use crate::egress::{Edit, Egress, Ports, Scratch};
 use crate::event::{Event, Events, OwnWay};
 use crate::meta::Meta;
 use crate::miss::Miss;
@@ -25,6 +25,7 @@ use crate::snapshot::Snapshot;
 use crate::table::flow::{FlowEntry, FlowTable, Probe};
 use crate::table::fragment::{DatagramKey, Fragments};
 use crate::tagged;
+use crate::translate::Translation;
 use crate::verdict::{Action, DropReason, Output};
 
 /// Most packets of one receive call.
@@ -101,6 +102,8 @@ struct Slot {
     /// The flow entry that may match.
     found: Option<usize>,
     action: Option<Action>,
+    /// What its addresses and ports become.
+    translation: Option<Translation>,
 }
 
 impl<P: PortIo> Worker<P> {
@@ -240,7 +243,7 @@ impl<P: PortIo> Worker<P> {
         count_received(out.counters, ingress, std::slice::from_ref(&packet));
         match (parse_own(&packet, ingress, network, snapshot, config.seed), way) {
             (Err(reason), _) => out.drop(packet, ingress, reason),
-            (Ok(meta), OwnWay::Peer(_, peer)) => out.encap(packet, &meta, peer, network, None),
+            (Ok(meta), OwnWay::Peer(_, peer)) => out.encap(packet, &meta, peer, network, &Edit::NONE),
             (Ok(meta), OwnWay::Peers(_)) => out.flood_peers(packet, &meta, info),
             (Ok(meta), OwnWay::Ports(_)) => out.flood_ports(packet, &meta, info),
             (Ok(meta), _) => out.flood(packet, &meta, info),
@@ -293,9 +296,9 @@ impl<P: PortIo> Worker<P> {
         Some((self.ports.io.get_mut(port.index())?.as_mut()?, &mut self.umem))
     }
 
-    /// Flows that matched since `since_ns`, at most `limit`.
-    pub fn flows(&self, since_ns: u64, limit: usize) -> Vec<FlowEntry> {
-        self.flows.dump(since_ns).take(limit).copied().collect()
+    /// Flows that matched since `since_ns`, at most `limit`, with what their packets become.
+    pub fn flows(&self, since_ns: u64, limit: usize) -> Vec<(FlowEntry, Option<Translation>)> {
+        self.flows.dump(since_ns).take(limit).map(|(flow, translation)| (*flow, translation)).collect()
     }
 
     /// False for a port that could not become readable, and so must not be waited for.
@@ -391,7 +394,7 @@ impl<P: PortIo> Worker<P> {
                         out.mirror_from(&packet, &meta, tag.filter(|_| packet.len() < tagged_len));
                     }
                     flows.prefetch(meta.hash);
-                    slots.push(Slot { packet: Some(packet), meta, found: None, action: None });
+                    slots.push(Slot { packet: Some(packet), meta, found: None, action: None, translation: None });
                 }
                 Err(reason) => out.drop(packet, ingress, reason),
             }
@@ -404,8 +407,11 @@ impl<P: PortIo> Worker<P> {
             let bytes = slot.packet.as_ref().map_or(0, Packet::len);
             let probe = Probe { key: &meta.key, generation: snapshot.generation, now_ns, bytes, seq: meta.seq };
             slot.action = slot.found.and_then(|at| flows.hit(at, &probe));
-            if slot.action.is_some() {
+            if let Some(action) = slot.action {
                 out.counters.flow_hits += 1;
+                if action.is_translated {
+                    slot.translation = slot.found.map(|at| flows.translation(at));
+                }
             } else {
                 out.counters.flow_misses += 1;
                 let flow = meta.key.without_control();
@@ -415,8 +421,10 @@ impl<P: PortIo> Worker<P> {
                 }
                 if let Some((action, admitted)) = miss.decide(&mut slot.packet, &mut out, events) {
                     slot.action = Some(action);
+                    slot.translation = admitted.leaves_as;
                     if admitted.is_lasting && is_cacheable(meta) {
-                        flows.insert(meta.hash, &probe, action, admitted.window_bits);
+                        let leaves_as = admitted.leaves_as.as_ref();
+                        flows.insert(meta.hash, &probe, action, leaves_as, admitted.window_bits);
                     }
                 }
             }
@@ -434,18 +442,20 @@ impl<P: PortIo> Worker<P> {
         }
         for at in encap.drain(..) {
             let slot = &mut slots[usize::from(at)];
-            if let (Some(packet), Some(Action { rewrite, output: Output::Encap { peer, network } })) =
+            if let (Some(packet), Some(Action { rewrite, output: Output::Encap { peer, network }, .. })) =
                 (slot.packet.take(), slot.action)
             {
-                out.encap(packet, &slot.meta, peer, network, rewrite);
+                let edit = Edit { rewrite, translation: slot.translation };
+                out.encap(packet, &slot.meta, peer, network, &edit);
             }
         }
         for at in local.drain(..) {
             let slot = &mut slots[usize::from(at)];
-            if let (Some(packet), Some(Action { rewrite, output: Output::Port(port) })) =
+            if let (Some(packet), Some(Action { rewrite, output: Output::Port(port), .. })) =
                 (slot.packet.take(), slot.action)
             {
-                out.local(packet, &slot.meta, port, rewrite);
+                let edit = Edit { rewrite, translation: slot.translation };
+                out.local(packet, &slot.meta, port, &edit);
             }
         }
         slots.clear();

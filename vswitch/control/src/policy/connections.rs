@@ -1,8 +1,9 @@
 //! Requests about connections.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use vswitch_api::{Answer, ApiError, ConnectionFilter, ConnectionInfo, ConnectionsInfo};
+use vswitch_dataplane::Translation;
 use vswitch_dataplane::connection::{Entry, State};
 
 use super::row::protocol_name;
@@ -25,12 +26,10 @@ impl Control {
         let entries = table.dump(now_ns, limit, is_wanted);
         let timeouts = table.config().timeouts;
         let counts = table.counts();
-        let connections = entries.iter().map(|entry| {
-            let [low, high] = entry.key.ends().map(|(address, port)| match entry.key.protocol {
-                6 | 17 | 132 => SocketAddr::new(address, port).to_string(),
-                _ => address.to_string(),
-            });
-            let (source, destination) = if entry.is_from_low { (low, high) } else { (high, low) };
+        let connections = entries.iter().map(|(entry, leaves_as)| {
+            let text = |(address, port)| end_text(entry.key.protocol, address, port);
+            let [source, destination] = entry.ends().map(text);
+            let is_v6 = entry.ends()[0].0.is_ipv6();
             let idle = now_ns.saturating_sub(entry.used_ns);
             let timeout = entry.timeout_ns(&timeouts);
             ConnectionInfo {
@@ -38,6 +37,7 @@ impl Control {
                 protocol: protocol_name(entry.key.protocol),
                 source,
                 destination,
+                leaves_as: leaves_as.map(|to| to.ends(is_v6).map(text)),
                 state: entry.state.name().to_owned(),
                 age_seconds: now_ns.saturating_sub(entry.created_ns) / SECOND,
                 idle_seconds: idle / SECOND,
@@ -71,7 +71,10 @@ impl Control {
         Ok(Answer::Forgotten { count })
     }
 
-    fn wanted(&self, filter: &ConnectionFilter) -> Result<impl Fn(&Entry) -> bool + use<>, ApiError> {
+    fn wanted(
+        &self,
+        filter: &ConnectionFilter,
+    ) -> Result<impl Fn(&Entry, Option<&Translation>) -> bool + use<>, ApiError> {
         let network = match &filter.network {
             Some(name) => Some(self.desired.network(Some(name))?.index),
             None => None,
@@ -88,15 +91,22 @@ impl Control {
             })?),
         };
         let ConnectionFilter { address, port, .. } = *filter;
-        Ok(move |entry: &Entry| {
-            let ends = entry.key.ends();
+        Ok(move |entry: &Entry, leaves_as: Option<&Translation>| {
             network.is_none_or(|network| entry.key.network == network)
                 && protocol.is_none_or(|protocol| entry.key.protocol == protocol)
                 && state.is_none_or(|state| entry.state == state)
-                && ends.iter().any(|(at, number)| {
-                    address.is_none_or(|address| *at == address) && port.is_none_or(|port| *number == port)
+                && entry.all_ends(leaves_as).any(|(at, number)| {
+                    address.is_none_or(|address| at == address) && port.is_none_or(|port| number == port)
                 })
         })
+    }
+}
+
+/// One end of a connection: with its port, if its protocol has ports.
+pub(crate) fn end_text(protocol: u8, address: IpAddr, port: u16) -> String {
+    match protocol {
+        6 | 17 | 132 => SocketAddr::new(address, port).to_string(),
+        _ => address.to_string(),
     }
 }
 

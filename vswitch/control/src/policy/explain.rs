@@ -3,7 +3,7 @@
 //! The verdict is the tables'; the reasons are found by walking the policies that the tables were made of, in order. Should
 //! the two ever disagree, the answer says so.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use vswitch_api::{ApiError, ExplainInfo, ExplainSpec, ExplainedEnd, ExplainedRule};
 use vswitch_net::{NetworkIndex, PortId};
@@ -63,6 +63,15 @@ impl Control {
         };
         self.same_family(&mut from, &mut to)?;
         let purpose = purpose(&spec.port, from.address.is_ipv6())?;
+        let asked = SocketAddr::new(to.address, purpose.port);
+        if let Some(service) = self.service_at(network, asked, purpose.protocol) {
+            let backends: Vec<String> = service.backends.iter().map(SocketAddr::to_string).collect();
+            return Err(invalid(format!(
+                "to: {asked} is service \"{}\", and policies speak of who answers for it: ask about one of {}",
+                service.name,
+                if backends.is_empty() { "its backends, when it has any".to_owned() } else { backends.join(", ") }
+            )));
+        }
         let ends = vec![
             self.explain_end(Direction::Egress, network, &from, &to, purpose),
             self.explain_end(Direction::Ingress, network, &to, &from, purpose),

@@ -17,6 +17,7 @@ mod slab;
 mod store;
 
 pub use compiler::{Compiler, IdentityId, Owner};
+pub(crate) use connections::end_text;
 pub(crate) use observe::Observed;
 pub(crate) use requests::failsafe;
 pub use store::JournalEntry;

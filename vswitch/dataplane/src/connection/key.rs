@@ -6,6 +6,7 @@ use vswitch_net::NetworkIndex;
 
 use crate::meta::{Kind, Meta};
 use crate::parse::{ICMP, ICMPV6, SCTP, TCP, UDP, byte_at, u16_at, u32_at, v6_at};
+use crate::translate::Translation;
 use crate::verdict::DropReason;
 
 /// Both ends of a connection, the lower one first, so that both directions have one key.
@@ -81,9 +82,44 @@ impl Tuple {
         };
         (key, is_low)
     }
+
+    /// What its answers look like.
+    pub(crate) fn reverse(&self) -> Tuple {
+        Tuple {
+            source: self.destination,
+            destination: self.source,
+            ports: (self.ports.1, self.ports.0),
+            is_echo: self.is_echo.map(|asks| !asks),
+            ..*self
+        }
+    }
+
+    /// What it looks like when it leaves so.
+    pub(crate) fn translated(&self, to: &Translation) -> Tuple {
+        Tuple { source: to.source, destination: to.destination, ports: to.ports, ..*self }
+    }
+
+    /// Where it leads, and whence.
+    pub(crate) fn ends(&self) -> Translation {
+        Translation { source: self.source, destination: self.destination, ports: self.ports }
+    }
 }
 
 impl Key {
+    /// A packet of the low end, or of the high one.
+    pub(crate) fn tuple(&self, is_low: bool) -> Tuple {
+        let is_icmp = self.protocol == ICMP || self.protocol == ICMPV6;
+        let from_low = Tuple {
+            source: self.low,
+            destination: self.high,
+            ports: (self.low_port, self.high_port),
+            protocol: self.protocol,
+            is_v6: self.flags & IS_V6 != 0,
+            is_echo: is_icmp.then_some(self.flags & LOW_ASKS != 0),
+        };
+        if is_low { from_low } else { from_low.reverse() }
+    }
+
     /// Seeded, so that nobody outside can aim at a shard.
     #[inline]
     pub(crate) fn hash(&self, seed: u64) -> u64 {
@@ -127,18 +163,31 @@ fn asks(protocol: u8, kind: u8) -> Option<bool> {
     }
 }
 
-/// The connection that an ICMP error quotes, as the quoted packet went (RFC 1812 section 4.3.2.3, RFC 4443 section 2.4).
+/// A packet that an ICMP error quotes (RFC 1812 section 4.3.2.3, RFC 4443 section 2.4).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Quote {
+    /// As it went.
+    pub(crate) tuple: Tuple,
+    /// Where its layer 3 and layer 4 begin, counted from the start of the frame that quotes it.
+    pub(crate) l3: usize,
+    pub(crate) l4: usize,
+    /// Where the quote ends.
+    pub(crate) end: usize,
+}
+
+/// The packet that an ICMP error quotes.
 ///
 /// # Errors
 ///
 /// [`DropReason::UnrelatedError`] if it quotes too little, or a later fragment.
-pub(crate) fn quoted(meta: &Meta, head: &[u8]) -> Result<Tuple, DropReason> {
+pub(crate) fn quoted(meta: &Meta, head: &[u8]) -> Result<Quote, DropReason> {
     quote(meta, head).map_err(|_| DropReason::UnrelatedError)
 }
 
-fn quote(meta: &Meta, head: &[u8]) -> Result<Tuple, DropReason> {
+fn quote(meta: &Meta, head: &[u8]) -> Result<Quote, DropReason> {
+    let l3 = usize::from(meta.l4) + 8;
     let end = (usize::from(meta.l3) + meta.l3_len as usize).min(head.len());
-    let ip = head.get(usize::from(meta.l4) + 8..end).ok_or(DropReason::Truncated)?;
+    let ip = head.get(l3..end).ok_or(DropReason::Truncated)?;
     let is_v6 = meta.kind == Kind::V6;
     let (protocol, l4, source, destination) = if is_v6 {
         let words = |at: usize| v6_at(ip, at).map(|v6| [(v6.to_bits() >> 64) as u64, v6.to_bits() as u64]);
@@ -169,7 +218,8 @@ fn quote(meta: &Meta, head: &[u8]) -> Result<Tuple, DropReason> {
         }
         _ => ((0, 0), None),
     };
-    Ok(Tuple { source, destination, ports, protocol, is_v6, is_echo })
+    let tuple = Tuple { source, destination, ports, protocol, is_v6, is_echo };
+    Ok(Quote { tuple, l3, l4: l3 + l4, end })
 }
 
 #[cfg(test)]

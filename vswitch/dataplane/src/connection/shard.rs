@@ -1,11 +1,15 @@
 //! A part of the table: a slab, its index, and the list of those without an answer.
 
+use std::collections::HashMap;
+
 use hashbrown::HashTable;
 use vswitch_net::PortId;
 
-use super::key::Key;
+use super::alias::Aliases;
+use super::key::{Key, Tuple};
 use super::state::{State, Timeouts};
 use crate::table::policy::RuleId;
+use crate::translate::Translation;
 
 /// In the place of a port: behind the wire, or not known.
 pub(crate) const ELSEWHERE: PortId = PortId(u16::MAX);
@@ -48,6 +52,8 @@ pub struct Entry {
     pub(crate) is_crossed: bool,
     is_used: bool,
     is_listed: bool,
+    /// True if its packets leave with other addresses or ports than they came with.
+    pub(crate) is_translated: bool,
 }
 
 /// What is known of one end of a TCP connection.
@@ -74,11 +80,22 @@ pub(crate) struct Shard {
     /// Those without an answer: oldest and newest.
     oldest: u32,
     newest: u32,
+    /// What those that are translated leave as, by their places.
+    translations: HashMap<u32, Translation, foldhash::fast::RandomState>,
+    pub(super) aliases: Aliases,
 }
 
 impl Default for Shard {
     fn default() -> Self {
-        Shard { index: HashTable::new(), chunks: Vec::new(), free: END, oldest: END, newest: END }
+        Shard {
+            index: HashTable::new(),
+            chunks: Vec::new(),
+            free: END,
+            oldest: END,
+            newest: END,
+            translations: HashMap::default(),
+            aliases: Aliases::default(),
+        }
     }
 }
 
@@ -102,7 +119,13 @@ impl Entry {
             is_crossed: false,
             is_used: true,
             is_listed: false,
+            is_translated: false,
         }
+    }
+
+    /// A packet of who began, as it comes.
+    pub(crate) fn tuple(&self) -> Tuple {
+        self.key.tuple(self.is_from_low)
     }
 
     /// True if it has been silent for its time.
@@ -137,8 +160,44 @@ impl Shard {
         &mut self.chunks[at as usize / CHUNK][at as usize % CHUNK]
     }
 
+    /// What the packets of who began leave as, if not as they come.
+    pub(crate) fn translation(&self, at: u32) -> Option<&Translation> {
+        if self.get(at).is_translated { self.translations.get(&at) } else { None }
+    }
+
+    /// What the packets of one side leave as, if not as they come.
+    pub(crate) fn leaves_as(&self, at: u32, side: usize) -> Option<Translation> {
+        let to = self.translation(at)?;
+        Some(if side == 0 { *to } else { self.get(at).tuple().reverse().ends() })
+    }
+
+    /// What an answer looks like when it comes, if the connection is translated.
+    pub(super) fn answer(&self, at: u32) -> Option<Tuple> {
+        self.translation(at).map(|to| self.get(at).tuple().translated(to).reverse())
+    }
+
+    /// A translated connection whose key has this half of a hash, and whose answers have this key.
+    pub(super) fn find_answered_by(&self, hash: u64, answers: &Key) -> Option<u32> {
+        let half = half(hash);
+        let is_it = |&(at, other): &(u32, u32)| {
+            other == half && self.answer(at).is_some_and(|answer| answer.key(self.get(at).key.network).0 == *answers)
+        };
+        self.index.find(whole(half), is_it).map(|&(at, _)| at)
+    }
+
+    /// True if there is a translated connection of this hash whose answers' key has that half of one.
+    pub(super) fn is_answered_by(&self, hash: u64, answers: u32, seed: u64) -> bool {
+        let own = half(hash);
+        let is_it = |&(at, other): &(u32, u32)| {
+            let network = self.get(at).key.network;
+            other == own && self.answer(at).is_some_and(|answer| half(answer.key(network).0.hash(seed)) == answers)
+        };
+        self.index.find(whole(own), is_it).is_some()
+    }
+
     /// Puts a connection in whose key is not there; it is in the list of those without an answer.
-    pub(crate) fn insert(&mut self, hash: u64, entry: Entry) {
+    pub(crate) fn insert(&mut self, hash: u64, mut entry: Entry, translation: Option<Translation>) {
+        entry.is_translated = translation.is_some();
         if self.free == END {
             self.grow(entry);
         }
@@ -147,6 +206,9 @@ impl Shard {
         *self.get_mut(at) = entry;
         if !entry.is_replied {
             self.list(at);
+        }
+        if let Some(translation) = translation {
+            self.translations.insert(at, translation);
         }
         let half = half(hash);
         self.index.insert_unique(whole(half), (at, half), |&(_, half)| whole(half));
@@ -157,6 +219,9 @@ impl Shard {
         let half = half(self.get(at).key.hash(seed));
         if let Ok(found) = self.index.find_entry(whole(half), |&(other, _)| other == at) {
             found.remove();
+        }
+        if self.get(at).is_translated {
+            self.translations.remove(&at);
         }
         let free = self.free;
         let entry = self.get_mut(at);
@@ -213,11 +278,13 @@ impl Shard {
         self.chunks.len() * size_of::<[Entry; CHUNK]>()
             + self.chunks.capacity() * size_of::<usize>()
             + self.index.allocation_size()
+            + self.translations.capacity() * (size_of::<(u32, Translation)>() + 1)
+            + self.aliases.bytes()
     }
 
     fn grow(&mut self, like: Entry) {
         let first = (self.chunks.len() * CHUNK) as u32;
-        let empty = Entry { is_used: false, is_listed: false, ..like };
+        let empty = Entry { is_used: false, is_listed: false, is_translated: false, ..like };
         let mut chunk = Box::new([empty; CHUNK]);
         for (at, entry) in (first..).zip(chunk.iter_mut()) {
             let is_last = at + 1 == first + CHUNK as u32;
@@ -229,12 +296,12 @@ impl Shard {
 }
 
 /// The half of a hash that the index keeps; the other half has chosen the shard.
-fn half(hash: u64) -> u32 {
+pub(super) fn half(hash: u64) -> u32 {
     hash as u32
 }
 
 /// A hash of the index: it takes the lowest bits for the slot and the highest for the tag.
-fn whole(half: u32) -> u64 {
+pub(super) fn whole(half: u32) -> u64 {
     u64::from(half) << 32 | u64::from(half)
 }
 
@@ -281,7 +348,7 @@ mod tests {
             assert_eq!(found.is_some(), map.contains_key(&number));
             match ((state >> 33) % 4, found) {
                 (0 | 1, None) => {
-                    shard.insert(hash, one);
+                    shard.insert(hash, one, None);
                     map.insert(number, turn);
                     waiting.push(number);
                 }

@@ -19,7 +19,8 @@
 //!
 //! # Cost
 //!
-//! 144 bytes an entry. One probe a hit.
+//! 144 bytes an entry. One probe a hit. What the packets of a translated flow become is kept in an array of its own, whose memory
+//! the kernel gives when it is first written to: 40 bytes an entry more for those who translate.
 //!
 //! # References
 //!
@@ -28,6 +29,7 @@
 use vswitch_xsk::prefetch;
 
 use crate::meta::FlowKey;
+use crate::translate::Translation;
 use crate::verdict::{Action, Output};
 
 /// An entry is decided anew after this time.
@@ -81,6 +83,8 @@ pub(crate) struct Probe<'a> {
 pub struct FlowTable {
     tags: Box<[[u32; WAYS]]>,
     entries: Box<[FlowEntry]>,
+    /// What the packets of entries whose action says so become.
+    translations: Box<[[u64; 5]]>,
     mask: usize,
 }
 
@@ -97,7 +101,7 @@ const UNUSED: FlowEntry = FlowEntry {
     used_ns: 0,
     packets: 0,
     bytes: 0,
-    action: Action { rewrite: None, output: Output::Port(vswitch_net::PortId(u16::MAX)) },
+    action: Action { rewrite: None, is_translated: false, output: Output::Port(vswitch_net::PortId(u16::MAX)) },
 };
 
 impl FlowTable {
@@ -107,6 +111,7 @@ impl FlowTable {
         FlowTable {
             tags: vec![[0; WAYS]; entries / WAYS].into_boxed_slice(),
             entries: vec![UNUSED; entries].into_boxed_slice(),
+            translations: vec![[0; 5]; entries].into_boxed_slice(),
             mask: entries / WAYS - 1,
         }
     }
@@ -152,6 +157,12 @@ impl FlowTable {
         Some(entry.action)
     }
 
+    /// What the packets of the flow at `at` become, if its action says that they are translated.
+    #[inline]
+    pub(crate) fn translation(&self, at: usize) -> Translation {
+        Translation::from_words(self.translations[at])
+    }
+
     /// The newest sequence number of a flow that is or was here.
     pub(crate) fn last_seq(&self, key: &FlowKey, hash: u64) -> Option<u32> {
         let entry = &self.entries[self.find(hash)?];
@@ -170,7 +181,14 @@ impl FlowTable {
 
     /// Stores a decision, in the flow's old place if it had one, and counts its packet. `window_bits` is
     /// [`NO_WINDOW`] for what has no sequence numbers.
-    pub(crate) fn insert(&mut self, hash: u64, probe: &Probe<'_>, action: Action, window_bits: u8) {
+    pub(crate) fn insert(
+        &mut self,
+        hash: u64,
+        probe: &Probe<'_>,
+        action: Action,
+        translation: Option<&Translation>,
+        window_bits: u8,
+    ) {
         let Probe { key, generation, now_ns, bytes, seq } = *probe;
         let bucket = hash as usize & self.mask;
         let tag = tag(hash);
@@ -185,7 +203,11 @@ impl FlowTable {
                 })
                 .unwrap_or(0)
         });
-        let entry = &mut self.entries[bucket * WAYS + way];
+        let at = bucket * WAYS + way;
+        if let Some(translation) = translation {
+            self.translations[at] = translation.to_words();
+        }
+        let entry = &mut self.entries[at];
         if same.is_none() {
             (entry.packets, entry.bytes) = (0, 0);
         }
@@ -200,13 +222,15 @@ impl FlowTable {
             used_ns: now_ns,
             packets: entry.packets + 1,
             bytes: entry.bytes + bytes as u64,
-            action,
+            action: Action { is_translated: translation.is_some(), ..action },
         };
     }
 
-    /// Flows that matched since `since_ns`.
-    pub fn dump(&self, since_ns: u64) -> impl Iterator<Item = &FlowEntry> {
-        self.entries.iter().filter(move |entry| entry.is_used && entry.used_ns >= since_ns)
+    /// Flows that matched since `since_ns`, with what their packets become.
+    pub fn dump(&self, since_ns: u64) -> impl Iterator<Item = (&FlowEntry, Option<Translation>)> {
+        let all = self.entries.iter().zip(&self.translations);
+        let recent = all.filter(move |(entry, _)| entry.is_used && entry.used_ns >= since_ns);
+        recent.map(|(entry, &words)| (entry, entry.action.is_translated.then(|| Translation::from_words(words))))
     }
 }
 
@@ -233,7 +257,7 @@ mod tests {
     const SEED: u64 = 0x5eed_5eed_1234_abcd;
 
     fn action(port: u16) -> Action {
-        Action { rewrite: None, output: Output::Port(PortId(port)) }
+        Action::new(None, Output::Port(PortId(port)))
     }
 
     fn lookup(table: &mut FlowTable, key: &FlowKey, generation: u64, now_ns: u64) -> Option<Action> {
@@ -243,7 +267,7 @@ mod tests {
 
     fn insert(table: &mut FlowTable, key: &FlowKey, generation: u64, now_ns: u64, action: Action) {
         let probe = Probe { key, generation, now_ns, bytes: 64, seq: 0 };
-        table.insert(key.hash(SEED), &probe, action, NO_WINDOW);
+        table.insert(key.hash(SEED), &probe, action, None, NO_WINDOW);
     }
 
     #[test]
@@ -251,7 +275,7 @@ mod tests {
         let mut table = FlowTable::new(16);
         let key = FlowKey([9; 8]);
         let probe = |seq: u32| Probe { key: &key, generation: 1, now_ns: 1, bytes: 64, seq };
-        table.insert(key.hash(SEED), &probe(u32::MAX - 10), action(1), 17);
+        table.insert(key.hash(SEED), &probe(u32::MAX - 10), action(1), None, 17);
         let mut hits = |seq: u32| table.find(key.hash(SEED)).and_then(|at| table.hit(at, &probe(seq))).is_some();
         assert!(hits(100), "numbers come round");
         assert!(hits(100 + (1 << 17) - 1), "the window moves along");
@@ -276,7 +300,7 @@ mod tests {
         insert(&mut table, &key, 6, 200, action(2));
         assert_eq!(lookup(&mut table, &key, 6, 201), Some(action(2)));
         assert_eq!(table.dump(0).count(), 1, "decided anew in place");
-        assert_eq!(table.dump(0).next().unwrap().packets, 4);
+        assert_eq!(table.dump(0).next().unwrap().0.packets, 4);
     }
 
     /// Against a map: what the table says is never wrong, and with room to spare it is never silent.

@@ -1,0 +1,192 @@
+//! Address translation, the decision: which packets leave with other addresses than they came with.
+//!
+//! # What
+//!
+//! A packet to a service's address goes to one of its backends; a packet from a pod to where an egress rule says leaves with
+//! the rule's address. Both belong to a connection that remembers it ([`crate::connection`]), and so do its answers, which
+//! are turned back, and ICMP errors, in which the quoted packet is turned back, too.
+//!
+//! # Where
+//!
+//! [`Turning::turn`] comes before the route is looked up, since that depends on the destination. What it gives is the packet as it is
+//! routed and judged: from who really sent it, to who really gets it. So policies speak of pods, and never of a service's
+//! address. When the packet is admitted, the connection keeps what it leaves as ([`leave`]), and the flow entry does, too.
+//!
+//! # References
+//!
+//! RFC 3022 (NAT), RFC 4787, RFC 5382 and RFC 5508 (what it owes to UDP, TCP and ICMP).
+
+use vswitch_xsk::{Packet, Umem};
+
+use crate::connection::{Connections, Found, Sought, Tuple, quoted};
+use crate::icmp;
+use crate::intact::is_intact;
+use crate::meta::{Kind, Meta};
+use crate::parse::{SCTP, TCP, UDP};
+use crate::snapshot::{SenderCheck, Snapshot};
+use crate::table::service::Front;
+use crate::translate::{Translation, address, translate_error, words};
+use crate::verdict::DropReason;
+
+/// Ports that are tried for a connection whose own is taken.
+const TRIES: u16 = 128;
+
+/// The first port that a connection is given; those below are of services.
+const FIRST_PORT: u16 = 1024;
+
+/// A packet that leaves with other addresses or ports.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Turn {
+    /// The packet from who sent it to who gets it, as it is routed and judged.
+    pub(crate) meta: Meta,
+    /// What it leaves as, if its connection is known, or what it shall leave as. None for an ICMP error, which is changed
+    /// already.
+    pub(crate) leaves_as: Option<Translation>,
+    /// True for an answer, which can begin nothing.
+    pub(crate) is_answer: bool,
+}
+
+/// Who asks.
+#[derive(Clone, Copy)]
+pub(crate) struct Turning<'a> {
+    pub(crate) meta: &'a Meta,
+    pub(crate) snapshot: &'a Snapshot,
+    pub(crate) connections: &'a Connections,
+    pub(crate) now_ns: u64,
+}
+
+/// What a connection that begins now leaves as: as is wanted, or with another source port if answers would be taken for
+/// another connection's.
+///
+/// # Errors
+///
+/// [`DropReason::NoNatPort`] if there is none.
+pub(crate) fn leave(
+    connections: &Connections,
+    sought: &Sought,
+    wanted: Translation,
+    now_ns: u64,
+) -> Result<Translation, DropReason> {
+    let is_free = |to: &Translation| connections.reserve(sought.tuple.translated(to).reverse(), sought, now_ns);
+    if is_free(&wanted) {
+        return Ok(wanted);
+    }
+    let is_echo = sought.tuple.is_echo.is_some();
+    if !is_echo && !matches!(sought.tuple.protocol, TCP | UDP | SCTP) {
+        return Err(DropReason::NoNatPort);
+    }
+    let count = u16::MAX - FIRST_PORT + 1;
+    let start = (sought.hash >> 13) as u16 % count;
+    let ports =
+        (0..TRIES).map(|step| FIRST_PORT + (u32::from(start) + u32::from(step) * 509).rem_euclid(count.into()) as u16);
+    let mut candidates = ports.map(|port| match is_echo {
+        true => Translation { ports: (port, port), ..wanted },
+        false => Translation { ports: (port, wanted.ports.1), ..wanted },
+    });
+    candidates.find(is_free).ok_or(DropReason::NoNatPort)
+}
+
+impl Turn {
+    fn new(meta: &Meta, leaves_as: Translation, is_answer: bool) -> Turn {
+        Turn { meta: meta.turned(&leaves_as), leaves_as: Some(leaves_as), is_answer }
+    }
+}
+
+impl<'a> Turning<'a> {
+    /// What becomes of a packet's addresses; none if nothing. An ICMP error is changed at once.
+    ///
+    /// # Errors
+    ///
+    /// Why it goes nowhere.
+    pub(crate) fn turn(&self, packet: &mut Packet, umem: &Umem) -> Result<Option<Turn>, DropReason> {
+        let Turning { meta, snapshot, connections, .. } = *self;
+        let are_translated = connections.are_translated();
+        if !are_translated && snapshot.services.is_empty() && snapshot.egress.is_empty() {
+            return Ok(None);
+        }
+        if !matches!(meta.kind, Kind::V4 | Kind::V6) {
+            return Ok(None);
+        }
+        if icmp::is_error(meta) {
+            return if are_translated { self.error(packet, umem) } else { Ok(None) };
+        }
+        if !meta.has_ports && meta.fragment.is_some() {
+            return Ok(None);
+        }
+        let Some(tuple) = Tuple::of(meta) else { return Ok(None) };
+        if are_translated && let Some(found) = self.find(tuple) {
+            let Found { shard, at, side, is_after } = &found;
+            match (side, is_after) {
+                // Nobody answers with a service's own address, nor to a pod whose address does not show.
+                (1, true) => return Err(DropReason::NoConnection),
+                // As if it had been translated already: another connection, which must leave with another port.
+                (_, true) => {}
+                (&side, false) => return Ok(shard.leaves_as(*at, side).map(|to| Turn::new(meta, to, side == 1))),
+            }
+        }
+        self.begin(&tuple)
+    }
+
+    fn find(&self, tuple: Tuple) -> Option<Found<'a>> {
+        let found = self.connections.find(&self.connections.seek(tuple, self.meta.network)).ok()?;
+        let is_over = found.shard.get(found.at).is_expired(self.now_ns, &self.connections.config().timeouts);
+        (!is_over).then_some(found)
+    }
+
+    /// What begins a connection, or may: a service's backend, and the address to leave with.
+    fn begin(&self, tuple: &Tuple) -> Result<Option<Turn>, DropReason> {
+        let Turning { meta, snapshot, .. } = *self;
+        let Some((source, destination)) = meta.addresses() else { return Ok(None) };
+        let mut to = tuple.ends();
+        if matches!(tuple.protocol, TCP | UDP | SCTP) {
+            let front =
+                Front { network: meta.network, address: destination, port: tuple.ports.1, protocol: tuple.protocol };
+            if let Some(backends) = snapshot.services.lookup(&front) {
+                let (address, port) = backends.choose(source, tuple.ports.0).ok_or(DropReason::NoBackend)?;
+                (to.destination, to.ports.1) = (words(address), port);
+                if to.destination == to.source {
+                    // Its own backend would answer to itself; so it answers to the service.
+                    to.source = tuple.destination;
+                }
+            }
+        }
+        let is_pods = meta.peer.is_none()
+            && snapshot.access(meta.ingress).is_some_and(|access| access.check != SenderCheck::Elsewhere);
+        if is_pods && let Some(rules) = snapshot.egress.get(&meta.network) {
+            let destination = address(to.destination, tuple.is_v6);
+            if let Some(own) = rules.lookup(source, destination) {
+                to.source = words(own);
+            }
+        }
+        Ok((to != tuple.ends()).then(|| Turn::new(meta, to, false)))
+    }
+
+    /// An ICMP error about a packet that was translated: its receiver gets its own packet quoted, and hears of it from whom
+    /// it sent it to.
+    fn error(&self, packet: &mut Packet, umem: &Umem) -> Result<Option<Turn>, DropReason> {
+        let meta = self.meta;
+        let Ok(quote) = quoted(meta, packet.head().data()) else { return Ok(None) };
+        let Some(found) = self.find(quote.tuple).filter(|found| found.is_after) else { return Ok(None) };
+        let Found { shard, at, side, .. } = &found;
+        let Some(to) = shard.translation(*at) else { return Ok(None) };
+        let came = shard.get(*at).tuple();
+        // As the quoted packet came, and as it left.
+        let (came, left) = match side {
+            0 => (came, came.translated(to)),
+            _ => (came.translated(to).reverse(), came.reverse()),
+        };
+        drop(found);
+        let [.., s0, s1, d0, d1] = meta.key.0;
+        if [d0, d1] != left.source {
+            // No word about anything that its receiver has sent.
+            return Ok(None);
+        }
+        if !is_intact(packet, umem, meta) {
+            return Err(DropReason::BadChecksum);
+        }
+        let source = if [s0, s1] == left.destination { came.destination } else { [s0, s1] };
+        let outer = Translation { source, destination: came.source, ports: (0, 0) };
+        translate_error(packet, meta, &quote, &came, &outer);
+        Ok(Some(Turn { meta: meta.turned(&outer), leaves_as: None, is_answer: true }))
+    }
+}
