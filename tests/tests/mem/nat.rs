@@ -579,7 +579,9 @@ fn agrees_with_a_map() {
 fn bad_input_is_refused_with_a_remedy() {
     let mut node = Node::new();
     node.switch.ask_json(r#"{"op":"network_add","name":"lan","vni":8,"mode":"bridged"}"#).unwrap();
-    node.switch.ask_json(r#"{"op":"network_add","name":"sub","vni":9,"subnets":["10.9.0.0/16"]}"#).unwrap();
+    node.switch
+        .ask_json(r#"{"op":"network_add","name":"sub","vni":9,"subnets":["10.9.0.0/16"],"services":["172.21.0.0/16"]}"#)
+        .unwrap();
     node.service("taken", "172.20.0.10", 80, "tcp", &["10.0.0.2:80"]);
     let service = |more: &str| format!(r#"{{"op":"service_set","services":[{{"name":"x",{more}}}]}}"#);
     let egress = |more: &str| format!(r#"{{"op":"egress_set","name":"x",{more}}}"#);
@@ -590,6 +592,16 @@ fn bad_input_is_refused_with_a_remedy() {
         (service(r#""address":"10.0.0.1","port":80"#), "a pod's"),
         (service(r#""address":"10.9.0.1","port":80,"network":"sub""#), "lies in 10.9.0.0/16"),
         (service(r#""address":"172.20.0.9","port":80,"network":"lan""#), "is bridged"),
+        (service(r#""address":"172.20.0.9","port":80,"network":"sub""#), "none of the network's `services`"),
+        (
+            r#"{"op":"network_add","name":"y","vni":10,"services":["10.9.0.0/16"],"ranges":["10.9.1.0/24"]}"#
+                .to_owned(),
+            "overlaps",
+        ),
+        (
+            r#"{"op":"network_add","name":"y","vni":10,"services":["10.9.0.0/16"],"mode":"bridged"}"#.to_owned(),
+            "routed networks",
+        ),
         (service(r#""address":"172.20.0.9","port":80,"network":"no""#), "no network"),
         (service(r#""address":"172.20.0.9","port":80,"backends":["10.0.0.2:0"]"#), "0 is no port"),
         (service(r#""address":"172.20.0.9","port":80,"backends":["[fd00::2]:80"]"#), "another family"),
@@ -616,6 +628,27 @@ fn bad_input_is_refused_with_a_remedy() {
     assert!(node.switch.ask_json(two).is_err());
     let Answer::Services { services } = node.switch.ask_json(r#"{"op":"service_list"}"#).unwrap() else { panic!() };
     assert_eq!(services.len(), 1);
+}
+
+/// A daemon that starts again knows no connection, and goes on with the backend that the last one chose.
+#[test]
+fn a_client_goes_on_where_it_was() {
+    let new = || {
+        let mut node = Node::new();
+        node.service("three", "172.20.0.10", 80, "tcp", &["10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80"]);
+        node
+    };
+    let (mut before, mut after) = (new(), new());
+    let mut chosen = HashSet::new();
+    for port in 1000..1030 {
+        let syn = before.send(0, "172.20.0.10", (port, 80), tcp(SYN, 1, 0), b"").unwrap();
+        let data = after.send(0, "172.20.0.10", (port, 80), tcp(ACK, 2, 51), b"data").unwrap();
+        assert_eq!((syn.0, syn.1.destination), (data.0, data.1.destination));
+        let told = after.answer(&data, tcp(ACK, 51, 6), b"answer").unwrap();
+        assert_eq!((told.0, told.1.source), (0, end("172.20.0.10", 80)));
+        chosen.insert(syn.0);
+    }
+    assert_eq!(chosen.len(), 3);
 }
 
 #[test]

@@ -40,6 +40,7 @@ fn switch(encap: &str, vlan: Option<u16>) -> (Switch, PortId) {
         mode: NetworkMode::Routed,
         subnets: vec!["10.0.0.0/8".parse().unwrap()],
         ranges: vec!["10.1.0.0/24".parse().unwrap()],
+        services: Vec::new(),
         gateway_v4: None,
         gateway_v6: None,
         spoof_check: true,

@@ -16,6 +16,7 @@ mod icmp;
 mod kernel_peer;
 mod life;
 mod load;
+mod nat;
 mod nfv;
 mod outside;
 mod podman;

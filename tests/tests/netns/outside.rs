@@ -18,16 +18,16 @@ subnets = ["10.244.0.0/16", "fd00:10:244::/48"]
 ranges = ["10.244.1.0/24", "fd00:10:244:1::/64"]
 "#;
 
-struct World {
-    node: Namespace,
-    internet: Namespace,
-    daemon: Daemon,
-    pod: Namespace,
-    addresses: Vec<String>,
+pub(crate) struct World {
+    pub(crate) node: Namespace,
+    pub(crate) internet: Namespace,
+    pub(crate) daemon: Daemon,
+    pub(crate) pod: Namespace,
+    pub(crate) addresses: Vec<String>,
 }
 
 /// A node, a pod, and a namespace that knows the node and nothing of pods.
-fn world(bench: &mut Bench, config: &str) -> World {
+pub(crate) fn world(bench: &mut Bench, config: &str) -> World {
     let lab = &mut bench.lab;
     let (node, internet) = (lab.namespace("node").unwrap(), lab.namespace("internet").unwrap());
     lab.wire(
@@ -49,7 +49,7 @@ fn world(bench: &mut Bench, config: &str) -> World {
 }
 
 /// Serves a TCP greeting that tells the client's address.
-fn greet(lab: &mut Lab, at: &Namespace, port: u16) {
+pub(crate) fn greet(lab: &mut Lab, at: &Namespace, port: u16) {
     let program = "import http.server,socket,sys
 class H(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -64,7 +64,7 @@ S(('::', int(sys.argv[1])), H).serve_forever()";
 }
 
 /// As whom a server sees the caller.
-fn seen_as(from: &Namespace, url: &str) -> String {
+pub(crate) fn seen_as(from: &Namespace, url: &str) -> String {
     let program = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=3).read().decode())";
     let text = from.run(5, &["/usr/bin/python3", "-c", program, url]).unwrap();
     text.trim().trim_start_matches("::ffff:").to_owned()

@@ -229,6 +229,9 @@ pub(crate) struct NetworkAdd {
     /// What this node's IPAM gives out; may be repeated.
     #[arg(long = "range", value_name = "PREFIX")]
     ranges: Vec<IpNet>,
+    /// Where services have their addresses, in a routed network; may be repeated.
+    #[arg(long = "services", value_name = "PREFIX")]
+    services: Vec<IpNet>,
     /// An IPv4 router in a bridged network.
     #[arg(long)]
     gateway_v4: Option<Ipv4Addr>,
@@ -490,6 +493,7 @@ impl NetworkAdd {
             mode: if self.bridged { NetworkMode::Bridged } else { NetworkMode::Routed },
             subnets: self.subnets.clone(),
             ranges: self.ranges.clone(),
+            services: self.services.clone(),
             gateway_v4: self.gateway_v4,
             gateway_v6: self.gateway_v6,
             spoof_check: !self.no_spoof_check,

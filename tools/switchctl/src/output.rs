@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use comfy_table::{ContentArrangement, Table, presets};
 
 use vswitch_api::{
-    Answer, DropInfo, Encap, HostInfo, NetworkInfo, PortInfo, PortStats, StatsInfo, StatusInfo, UplinkInfo,
+    Answer, DropInfo, Encap, FlowInfo, HostInfo, NetworkInfo, PortInfo, PortStats, StatsInfo, StatusInfo, UplinkInfo,
 };
 
 use crate::{policy, service};
@@ -41,7 +41,11 @@ pub(crate) fn only(mut answer: Answer, name: &str) -> anyhow::Result<Answer> {
             keep(neighbors, "next hop of peer", |hop| hop.peers.iter().any(|peer| peer == name))
         }
         Answer::Flows { flows } => {
-            keep(flows, "flow of", |flow| is_end(&flow.source, name) || is_end(&flow.destination, name))
+            let ends = |flow: &FlowInfo| {
+                let come = [flow.source.clone(), flow.destination.clone()];
+                come.into_iter().chain(flow.leaves_as.clone().into_iter().flatten()).collect::<Vec<_>>()
+            };
+            keep(flows, "flow of", |flow| ends(flow).iter().any(|end| is_end(end, name)))
         }
         Answer::Services { services } => keep(services, "service", |service| service.spec.name == name),
         Answer::Stats(stats) => keep(&mut stats.ports, "port of link", |port| port.link == name),

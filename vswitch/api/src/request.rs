@@ -362,6 +362,10 @@ pub struct NetworkSpec {
     /// What this node's built-in IPAM gives out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ranges: Vec<IpNet>,
+    /// Routed networks: where services have their addresses. Pods reach them with the MTU of their links, as they do each
+    /// other; a service elsewhere is reached with what fits the wire.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<IpNet>,
     /// Bridged networks: an IPv4 router in the network, for the pods' default route.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway_v4: Option<Ipv4Addr>,

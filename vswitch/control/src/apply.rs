@@ -56,8 +56,16 @@ impl Control {
             let (vni, name) = (spec.vni, &other.spec.name);
             return Err(conflict(format!("vni {vni} belongs to network \"{name}\": each network needs its own")));
         }
-        for (key, prefixes) in [("subnets", &spec.subnets), ("ranges", &spec.ranges)] {
+        for (key, prefixes) in [("subnets", &spec.subnets), ("ranges", &spec.ranges), ("services", &spec.services)] {
             check_prefixes(key, prefixes)?;
+        }
+        let pods = || spec.subnets.iter().chain(&spec.ranges);
+        let is_pods = |prefix: &&IpNet| pods().any(|pods| pods.contains(*prefix) || prefix.contains(pods));
+        if let Some(prefix) = spec.services.iter().find(is_pods) {
+            return Err(invalid(format!("services: {prefix} overlaps the pods' addresses: choose another one")));
+        }
+        if spec.mode != NetworkMode::Routed && !spec.services.is_empty() {
+            return Err(invalid("services are for routed networks: in a bridged one nobody is asked for a way"));
         }
         for range in &spec.ranges {
             let is_inside = spec.subnets.is_empty() || spec.subnets.iter().any(|subnet| subnet.contains(range));

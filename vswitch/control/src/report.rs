@@ -128,7 +128,7 @@ impl Control {
                 mtu: on_link_mtu,
             }));
             if network.spec.mode == NetworkMode::Routed {
-                let local = network.spec.ranges.iter().filter(of_family);
+                let local = network.spec.ranges.iter().chain(&network.spec.services).filter(of_family);
                 routes.extend(local.map(|&destination| PodRoute { destination, gateway, mtu: None }));
             }
             if gateway.is_some() && !spec.default_route {

@@ -18,7 +18,7 @@ use vswitch_dataplane::table::service::{Backends, Front};
 use vswitch_net::NetworkIndex;
 
 use crate::backend::Backend;
-use crate::checks::{check_name, check_prefixes, check_unicast, conflict, invalid};
+use crate::checks::{check_name, check_prefixes, check_unicast, conflict, invalid, list};
 use crate::desired::{NetworkEntry, not_found};
 use crate::routes::routers;
 use crate::{Control, Dirty};
@@ -102,6 +102,14 @@ impl Control {
             return Err(of_service(invalid(format!(
                 "address: {} lies in {prefix}, where pods have their addresses: choose one outside",
                 spec.address
+            ))));
+        }
+        let services = &network.spec.services;
+        if !services.is_empty() && !services.iter().any(|prefix| prefix.contains(&spec.address)) {
+            return Err(of_service(invalid(format!(
+                "address: {} lies in none of the network's `services` ({})",
+                spec.address,
+                list(services)
             ))));
         }
         let is_taken = self.desired.by_address.contains_key(&(network.index, spec.address));
@@ -230,7 +238,7 @@ impl Control {
         let counts = Counts::of(now_ns, backend);
         let infos = self.desired.services.values().map(|entry| ServiceInfo {
             connections: entry.spec.backends.iter().map(|&end| counts.of_backend(&entry.front, end)).collect(),
-            spec: entry.spec.clone(),
+            spec: ServiceSpec { network: Some(self.desired.network_name(entry.front.network)), ..entry.spec.clone() },
         });
         Answer::Services { services: infos.collect() }
     }
@@ -239,7 +247,7 @@ impl Control {
         let counts = Counts::of(now_ns, backend);
         let infos = self.desired.egress.values().map(|entry| EgressInfo {
             connections: entry.spec.addresses.iter().map(|&own| counts.of_source(entry.network, own)).sum(),
-            spec: entry.spec.clone(),
+            spec: EgressSpec { network: Some(self.desired.network_name(entry.network)), ..entry.spec.clone() },
         });
         Answer::Egress { rules: infos.collect() }
     }
