@@ -13,7 +13,8 @@ static ALLOCATOR: CountingAllocator = CountingAllocator;
 const COUNTED_TURNS: u64 = 10_000;
 
 fn hits(criterion: &mut Criterion) {
-    for (name, way) in [("local", Way::Local), ("encap", Way::Encap), ("decap", Way::Decap)] {
+    let ways = [("local", Way::Local), ("service", Way::Service), ("encap", Way::Encap), ("decap", Way::Decap)];
+    for (name, way) in ways {
         let mut group = criterion.benchmark_group(format!("hit/{name}"));
         group.throughput(Throughput::Elements(Rig::BURST));
         for flows in [1, 10_000, 1_000_000] {
@@ -30,7 +31,7 @@ fn hits(criterion: &mut Criterion) {
 }
 
 fn misses(criterion: &mut Criterion) {
-    for (name, way) in [("local", Way::Local), ("encap", Way::Encap)] {
+    for (name, way) in [("local", Way::Local), ("service", Way::Service), ("encap", Way::Encap)] {
         let mut group = criterion.benchmark_group(format!("miss/{name}"));
         group.throughput(Throughput::Elements(Rig::BURST));
         let mut rig = Rig::new(way, 10_000);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use vswitch_dataplane::connection::{ConnectionConfig, Connections};
 use vswitch_dataplane::table::route::NextHop;
+use vswitch_dataplane::table::service::{Backends, Front};
 use vswitch_dataplane::vxlan::OuterHeader;
 use vswitch_dataplane::{
     Access, BURST, Gateway, Network, NetworkMode, Path, Peer, Port, PortIo, PortKind, SenderCheck, Snapshot, Underlay,
@@ -21,6 +22,7 @@ use crate::policies::Policies;
 const UPLINK: PortId = PortId(0);
 const POD: PortId = PortId(1);
 const OTHER_POD: PortId = PortId(2);
+const SERVICE: [u8; 4] = [10, 96, 0, 10];
 const NETWORK: NetworkIndex = NetworkIndex(0);
 const MACS: [MacAddr; 3] = [MacAddr([2, 0, 0, 0, 0, 0]), MacAddr([2, 0, 0, 0, 0, 1]), MacAddr([2, 0, 0, 0, 0, 2])];
 
@@ -29,6 +31,8 @@ const MACS: [MacAddr; 3] = [MacAddr([2, 0, 0, 0, 0, 0]), MacAddr([2, 0, 0, 0, 0,
 pub enum Way {
     /// From pod to pod, routed.
     Local,
+    /// From pod to pod by a service's address, translated.
+    Service,
     /// From a pod to the wire, routed and encapsulated.
     Encap,
     /// From the wire to a pod, decapsulated and routed.
@@ -99,10 +103,14 @@ impl Rig {
     pub fn with_policy(way: Way, flows: usize, policies: Option<&Policies>) -> Rig {
         let umem = Umem::new(1024).expect("memory");
         let config = WorkerConfig { flow_entries: (flows * 4).max(1024), seed: 0x9d3c_77a1, idle_turns: u32::MAX };
-        let connections = Connections::new(ConnectionConfig { seed: 0x77aa, ..ConnectionConfig::default() });
+        let most = ConnectionConfig::default().limit;
+        // Only what is translated needs its connection.
+        let port_limit = if way == Way::Service { most } else { ConnectionConfig::default().port_limit };
+        let config_of_connections = ConnectionConfig { seed: 0x77aa, port_limit, ..ConnectionConfig::default() };
+        let connections = Connections::new(config_of_connections);
         let mut worker = Worker::new(umem, config, Arc::new(connections));
         let (from, to) = match way {
-            Way::Local => (POD, OTHER_POD),
+            Way::Local | Way::Service => (POD, OTHER_POD),
             Way::Encap => (POD, UPLINK),
             Way::Decap => (UPLINK, POD),
         };
@@ -111,6 +119,14 @@ impl Rig {
             worker.insert_port(port, Memory { packets, ..Memory::default() });
         }
         let mut rig = Rig { worker, snapshot: snapshot(), now_ns: 1 };
+        if way == Way::Service {
+            // A service for each port that the flows have.
+            for port in 80..=80 + (flows / 50_000) as u16 {
+                let front = Front { network: NETWORK, address: SERVICE.into(), port, protocol: 17 };
+                let ends = vec![([10, 1, 0, 2].into(), port)];
+                rig.snapshot.services.insert(front, Backends { ends, has_affinity: false });
+            }
+        }
         if let Some(policies) = policies {
             policies.hold(&mut rig.snapshot, [POD, OTHER_POD]);
         }
@@ -191,6 +207,7 @@ fn packets(way: Way, flows: usize) -> Vec<Vec<u8>> {
     (0..flows)
         .map(|flow| match way {
             Way::Local => udp(MACS[1], [10, 1, 0, 1], [10, 1, 0, 2], flow),
+            Way::Service => udp(MACS[1], [10, 1, 0, 1], SERVICE, flow),
             Way::Encap => udp(MACS[1], [10, 1, 0, 1], [10, 2, 0, 9], flow),
             Way::Decap => {
                 let inner = udp(GATEWAY_MAC, [10, 2, 0, 9], [10, 1, 0, 1], flow);

@@ -455,6 +455,9 @@ fn ports_run_out_and_come_back() {
         }
     }
     assert!(left > 60_000 && left <= 65_535 && refused > 0, "{left} left, {refused} refused");
+    let counts = node.switch.backend.connections.counts();
+    println!("{} translated connections, {} bytes each", counts.count, counts.bytes / counts.count);
+    assert!(counts.bytes / counts.count <= 256);
     node.switch.pass(31 * SECOND);
     node.sweep();
     assert_eq!(node.switch.backend.connections.counts().count, 0);

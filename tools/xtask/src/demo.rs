@@ -45,6 +45,7 @@ pub(crate) fn run(keep: bool, as_json: bool) -> anyhow::Result<bool> {
     demo.check_underlay();
     demo.check_outside();
     demo.check_sizes();
+    demo.check_translation();
     demo.check_policy();
     demo.check_switchctl();
     let Demo { lab, mut daemons, pods, mut lines, .. } = demo;
@@ -189,6 +190,45 @@ impl Demo {
         }
         let found = discover(&pod, &addresses[0]);
         self.measured("path MTU discovery with DF", found);
+    }
+
+    fn check_translation(&mut self) {
+        let asked = self.ask_a_service();
+        self.measured("a service, answered on both nodes", asked);
+        let left = self.leave_with_an_address();
+        self.measured("pod to internet with an address of its own", left);
+    }
+
+    /// The HTTP servers of both nodes answer at one address.
+    fn ask_a_service(&self) -> anyhow::Result<String> {
+        let (node, from) = (&self.daemons[0], &self.pods[0].0);
+        let backends = [1, 2].map(|at| format!("{}:8080", self.pods[at].1[0]));
+        let set = ["service", "set", "shop/web:http", "--address", "10.96.0.10", "--port", "tcp/80", "--backend"];
+        node.run_ctl(&[&set[..], &[&backends[0], "--backend", &backends[1]]].concat())?;
+        for _ in 0..20 {
+            from.run(5, &["busybox", "wget", "-q", "-O", "/dev/null", "http://10.96.0.10/file"])?;
+        }
+        let shown = node.ctl(&["service", "show", "shop/web:http"])?;
+        node.run_ctl(&["service", "del", "shop/web:http"])?;
+        let counts = shown["services"][0]["connections"].as_array().cloned().unwrap_or_default();
+        let counts: Vec<u64> = counts.iter().filter_map(Value::as_u64).collect();
+        if counts.len() != 2 || counts.contains(&0) || counts.iter().sum::<u64>() != 20 {
+            bail!("connections of the two: {counts:?}");
+        }
+        Ok(format!("20 of 20 by 10.96.0.10, {} on this node and {} on the other", counts[0], counts[1]))
+    }
+
+    fn leave_with_an_address(&self) -> anyhow::Result<String> {
+        let (node, (pod, addresses)) = (&self.daemons[0], &self.pods[0]);
+        self.internet.ip("route replace 198.51.100.50/32 via 203.0.113.1")?;
+        let source = format!("{}/32", addresses[0]);
+        node.run_ctl(&["egress", "set", "demo", "--from", &source, "--address", "198.51.100.50"])?;
+        let seen = ask_address(pod, "198.51.100.1");
+        node.run_ctl(&["egress", "del", "demo"])?;
+        match seen?.as_str() {
+            "198.51.100.50" => Ok("seen as 198.51.100.50, and not as the node".to_owned()),
+            other => bail!("seen as {other}"),
+        }
     }
 
     fn check_policy(&mut self) {
