@@ -19,7 +19,7 @@
 //!
 //! # Cost
 //!
-//! 132 bytes a connection, both directions, index included; 90 more for one that is translated.
+//! 132 bytes a connection, both directions, index included; about 220 for one that is translated.
 //!
 //! # References
 //!

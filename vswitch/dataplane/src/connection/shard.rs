@@ -1,7 +1,5 @@
 //! A part of the table: a slab, its index, and the list of those without an answer.
 
-use std::collections::HashMap;
-
 use hashbrown::HashTable;
 use vswitch_net::PortId;
 
@@ -80,8 +78,8 @@ pub(crate) struct Shard {
     /// Those without an answer: oldest and newest.
     oldest: u32,
     newest: u32,
-    /// What those that are translated leave as, by their places.
-    translations: HashMap<u32, Translation, foldhash::fast::RandomState>,
+    /// What those that are translated leave as, in the places of their entries; a chunk without any has none.
+    translations: Vec<Option<Box<[Translation; CHUNK]>>>,
     pub(super) aliases: Aliases,
 }
 
@@ -93,7 +91,7 @@ impl Default for Shard {
             free: END,
             oldest: END,
             newest: END,
-            translations: HashMap::default(),
+            translations: Vec::new(),
             aliases: Aliases::default(),
         }
     }
@@ -162,7 +160,10 @@ impl Shard {
 
     /// What the packets of who began leave as, if not as they come.
     pub(crate) fn translation(&self, at: u32) -> Option<&Translation> {
-        if self.get(at).is_translated { self.translations.get(&at) } else { None }
+        if !self.get(at).is_translated {
+            return None;
+        }
+        self.translations[at as usize / CHUNK].as_ref().map(|chunk| &chunk[at as usize % CHUNK])
     }
 
     /// What the packets of one side leave as, if not as they come.
@@ -208,7 +209,8 @@ impl Shard {
             self.list(at);
         }
         if let Some(translation) = translation {
-            self.translations.insert(at, translation);
+            let chunk = self.translations[at as usize / CHUNK].get_or_insert_with(|| Box::new([translation; CHUNK]));
+            chunk[at as usize % CHUNK] = translation;
         }
         let half = half(hash);
         self.index.insert_unique(whole(half), (at, half), |&(_, half)| whole(half));
@@ -219,9 +221,6 @@ impl Shard {
         let half = half(self.get(at).key.hash(seed));
         if let Ok(found) = self.index.find_entry(whole(half), |&(other, _)| other == at) {
             found.remove();
-        }
-        if self.get(at).is_translated {
-            self.translations.remove(&at);
         }
         let free = self.free;
         let entry = self.get_mut(at);
@@ -278,7 +277,8 @@ impl Shard {
         self.chunks.len() * size_of::<[Entry; CHUNK]>()
             + self.chunks.capacity() * size_of::<usize>()
             + self.index.allocation_size()
-            + self.translations.capacity() * (size_of::<(u32, Translation)>() + 1)
+            + self.translations.capacity() * size_of::<usize>()
+            + self.translations.iter().flatten().count() * size_of::<[Translation; CHUNK]>()
             + self.aliases.bytes()
     }
 
@@ -291,6 +291,7 @@ impl Shard {
             entry.links = [if is_last { END } else { at + 1 }, END];
         }
         self.chunks.push(chunk);
+        self.translations.push(None);
         self.free = first;
     }
 }
