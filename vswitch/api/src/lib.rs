@@ -13,26 +13,32 @@
 #![forbid(unsafe_code)]
 
 mod client;
+mod counts;
+mod defaults;
 mod error;
+mod network;
 mod policy;
+mod port;
 mod request;
 mod response;
 mod service;
 
 pub use client::{Client, ClientError};
+pub use counts::{DropInfo, FlowInfo, PortStats, SocketInfo, StatsInfo, WorkerInfo};
 pub use error::{ApiError, ErrorCode, sentence};
+pub use network::{
+    Encap, FdbSpec, FdbTarget, MirrorDirection, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec, RouteSpec, StormLimits,
+};
 pub use policy::{
     ChangeInfo, ConnectionFilter, ConnectionInfo, ConnectionsInfo, EndpointInfo, EndpointName, EndpointSpec,
     ExplainInfo, ExplainSpec, ExplainedEnd, ExplainedRule, FlowEvent, NamedPort, ObjectName, ObserveFilter,
     PolicyDetail, PolicyDocument, PolicyInfo, RuleInfo,
 };
-pub use request::{
-    Attachment, Bandwidth, Encap, FdbSpec, FdbTarget, MirrorDirection, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec,
-    PortMapping, PortSpec, Protocol, Request, RouteSpec, SenderCheck, StormLimits,
-};
+pub use port::{Attachment, Bandwidth, PortMapping, PortSpec, Protocol, SenderCheck};
+pub use request::Request;
 pub use response::{
-    Answer, DropInfo, FdbInfo, FlowInfo, GroupInfo, HostInfo, IpamInfo, NeighborInfo, NetworkInfo, PeerInfo, PodRoute,
-    PortInfo, PortStats, RouteInfo, SocketInfo, StatsInfo, StatusInfo, UplinkInfo, WorkerInfo,
+    Answer, FdbInfo, GroupInfo, HostInfo, IpamInfo, NeighborInfo, NetworkInfo, PeerInfo, PodRoute, PortInfo, RouteInfo,
+    StatusInfo, UplinkInfo,
 };
 
 pub use service::{Affinity, EgressInfo, EgressSpec, ServiceInfo, ServiceSpec};

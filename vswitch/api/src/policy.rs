@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::request::Protocol;
+use crate::port::Protocol;
 
 /// A text with objects, YAML or JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

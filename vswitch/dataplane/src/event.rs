@@ -1,4 +1,5 @@
-//! What a worker tells the control thread: learned MAC addresses. Bounded and deduplicated.
+//! What a worker tells the control thread: learned MAC addresses, members of groups, stations of a tagged underlay, and
+//! connections that policies deny or want told. Bounded, and what says the same twice is told once.
 
 use std::net::IpAddr;
 
@@ -80,7 +81,7 @@ pub enum Event {
 pub struct FlowNews {
     /// When.
     pub now_ns: u64,
-    /// What its packet looked like.
+    /// Its packet, from who sent it to who gets it.
     pub key: FlowKey,
     /// The port that it was for, if that is one here.
     pub to: Option<PortId>,

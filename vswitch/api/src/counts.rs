@@ -1,0 +1,139 @@
+//! Answers about what workers counted: flows, packets, drops.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use vswitch_net::PortId;
+
+/// One worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerInfo {
+    /// Its number.
+    pub worker: usize,
+    /// The core it is pinned to, if it is.
+    pub core: Option<usize>,
+    /// Chunks of its umem.
+    pub umem_frames: usize,
+    /// Of these, free.
+    pub umem_free: usize,
+    /// ICMP errors sent.
+    pub errors_sent: u64,
+    /// ICMP errors not sent, because a port had caused too many.
+    pub errors_held: u64,
+    /// Flow lookups that hit.
+    pub flow_hits: u64,
+    /// Flow lookups that missed.
+    pub flow_misses: u64,
+    /// Events lost because the control thread was slow.
+    pub events_lost: u64,
+    /// Passes over the ports.
+    pub turns: u64,
+    /// Times it slept.
+    pub sleeps: u64,
+}
+
+/// A flow of one worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowInfo {
+    /// The worker.
+    pub worker: usize,
+    /// The network.
+    pub network: String,
+    /// Where its packets come from.
+    pub from: String,
+    /// Source, with port if it has one.
+    pub source: String,
+    /// Destination, with port if it has one.
+    pub destination: String,
+    /// Protocol.
+    pub protocol: String,
+    /// What is done with them.
+    pub action: String,
+    /// Source and destination that they leave with, if not with those that they come with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leaves_as: Option<[String; 2]>,
+    /// Packets.
+    pub packets: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Milliseconds since the last packet.
+    pub idle_ms: u64,
+}
+
+/// Counters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StatsInfo {
+    /// By port.
+    pub ports: Vec<PortStats>,
+    /// All workers: packets received.
+    pub rx_packets: u64,
+    /// Packets sent.
+    pub tx_packets: u64,
+    /// Packets dropped.
+    pub drops: u64,
+    /// Extra packets made by flooding.
+    pub copies: u64,
+    /// Whether `rx = tx + drops - copies`.
+    pub is_balanced: bool,
+}
+
+/// Counters of a port, all workers together.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PortStats {
+    /// Its number.
+    pub id: PortId,
+    /// Its link.
+    pub link: String,
+    /// Packets received from it.
+    pub rx_packets: u64,
+    /// Bytes received from it.
+    pub rx_bytes: u64,
+    /// Packets sent to it.
+    pub tx_packets: u64,
+    /// Bytes sent to it.
+    pub tx_bytes: u64,
+    /// Packets from it that were dropped.
+    pub drops: u64,
+    /// Extra packets made of what it sent.
+    pub copies: u64,
+    /// Packets it could not take.
+    pub tx_refused: u64,
+    /// Its sockets.
+    pub sockets: Vec<SocketInfo>,
+}
+
+/// The kernel's counters of a socket (`XDP_STATISTICS`), and ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketInfo {
+    /// Worker that owns it.
+    pub worker: usize,
+    /// Dropped by the kernel before we saw them, for other reasons than a full ring.
+    pub rx_dropped: u64,
+    /// Dropped by the kernel because the rx ring was full.
+    pub rx_ring_full: u64,
+    /// Times the fill ring was empty.
+    pub rx_fill_ring_empty: u64,
+    /// Invalid descriptors, either way.
+    pub invalid_descs: u64,
+    /// Frames kept in the fill ring.
+    pub fill_depth: u32,
+    /// Transmit calls.
+    pub kicks: u64,
+    /// Of these, failed.
+    pub kick_errors: u64,
+    /// Packets in more than 18 frames.
+    pub oversized: u64,
+}
+
+/// A reason and how often.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DropInfo {
+    /// Short name.
+    pub reason: String,
+    /// How often.
+    pub packets: u64,
+    /// What it means and what to look at.
+    pub meaning: String,
+    /// By the port that sent the packets, named by its link.
+    pub ports: BTreeMap<String, u64>,
+}
