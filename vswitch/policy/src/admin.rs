@@ -110,29 +110,13 @@ fn rules(
     is_egress: bool,
     is_baseline: bool,
 ) -> Result<Option<Vec<Rule>>, ReadError> {
-    let direction = if is_egress { "egress" } else { "ingress" };
-    let rules = rules.unwrap_or_default();
-    doc.most(rules.len(), MAX_RULES, &format!("spec.{direction}"))?;
-    let mut all = Vec::new();
-    for (at, rule) in rules.into_iter().enumerate() {
-        let path = format!("spec.{direction}[{at}]");
-        let action = match rule.action.as_str() {
-            "Allow" => Action::Allow,
-            "Deny" => Action::Deny,
-            "Pass" if !is_baseline => Action::Pass,
-            other => {
-                let right = if is_baseline { "Allow or Deny" } else { "Allow, Deny or Pass" };
-                let path = format!("{path}.action");
-                return Err(doc.refuse(&path, format!("\"{other}\" is not allowed: use {right}")));
-            }
-        };
-        let (field, wrong) = if is_egress { ("to", "from") } else { ("from", "to") };
-        let (peers, stray) = if is_egress { (rule.to, rule.from) } else { (rule.from, rule.to) };
-        if stray.is_some() {
-            return Err(doc.refuse(&format!("{path}.{wrong}"), "the schema has no such field"));
-        }
+    let allowed = [("Allow", Action::Allow), ("Deny", Action::Deny), ("Pass", Action::Pass)];
+    let allowed = if is_baseline { &allowed[..2] } else { &allowed };
+    let read = |rule: AdminRule, path: String| {
+        let action = doc.action(&rule.action, &path, allowed)?;
+        let (peers, peers_path) = doc.peers(rule.from, rule.to, is_egress, &path)?;
         let peers = peers.unwrap_or_default();
-        doc.most(peers.len(), MAX_ITEMS, &format!("{path}.{field}"))?;
+        doc.most(peers.len(), MAX_ITEMS, &peers_path)?;
         let ports = match rule.ports {
             None => None,
             Some(ports) if ports.is_empty() => {
@@ -144,15 +128,10 @@ fn rules(
                 Some(each.collect::<Result<Vec<_>, _>>()?)
             }
         };
-        all.push(Rule {
-            name: rule.name,
-            line: doc.line(&path),
-            action,
-            peers: Some(doc.cluster_peers(&peers, is_egress, &format!("{path}.{field}"))?),
-            ports,
-            path,
-        });
-    }
+        let peers = Some(doc.cluster_peers(&peers, is_egress, &peers_path)?);
+        Ok(Rule { name: rule.name, line: doc.line(&path), action, peers, ports, path })
+    };
+    let all = doc.rules(rules.unwrap_or_default(), is_egress, MAX_RULES, read)?;
     Ok((!all.is_empty()).then_some(all))
 }
 

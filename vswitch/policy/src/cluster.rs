@@ -104,48 +104,27 @@ pub(crate) fn read(doc: &Doc<'_>, id: PolicyId) -> Result<Object, ReadError> {
 }
 
 fn rules(doc: &Doc<'_>, rules: Option<Vec<ClusterRule>>, is_egress: bool) -> Result<Option<Vec<Rule>>, ReadError> {
-    let direction = if is_egress { "egress" } else { "ingress" };
-    let rules = rules.unwrap_or_default();
-    doc.most(rules.len(), MAX_ITEMS, &format!("spec.{direction}"))?;
-    let mut all = Vec::new();
-    for (at, rule) in rules.into_iter().enumerate() {
-        let path = format!("spec.{direction}[{at}]");
-        let action = match rule.action.as_str() {
-            "Accept" => Action::Allow,
-            "Deny" => Action::Deny,
-            "Pass" => Action::Pass,
-            other => {
-                let path = format!("{path}.action");
-                return Err(doc.refuse(&path, format!("\"{other}\" is not allowed: use Accept, Deny or Pass")));
-            }
-        };
+    let allowed = [("Accept", Action::Allow), ("Deny", Action::Deny), ("Pass", Action::Pass)];
+    let read = |rule: ClusterRule, path: String| {
+        let action = doc.action(&rule.action, &path, &allowed)?;
         if rule.name.as_ref().is_some_and(|name| name.len() > 100) {
             return Err(doc.refuse(&format!("{path}.name"), "at most 100 characters"));
         }
-        let (field, wrong) = if is_egress { ("to", "from") } else { ("from", "to") };
-        let (peers, stray) = if is_egress { (rule.to, rule.from) } else { (rule.from, rule.to) };
-        if stray.is_some() {
-            return Err(doc.refuse(&format!("{path}.{wrong}"), "the schema has no such field"));
-        }
+        let (peers, peers_path) = doc.peers(rule.from, rule.to, is_egress, &path)?;
         let peers = peers.unwrap_or_default();
-        doc.most(peers.len(), MAX_ITEMS, &format!("{path}.{field}"))?;
+        doc.most(peers.len(), MAX_ITEMS, &peers_path)?;
         let ports = protocols(doc, rule.protocols.as_deref(), &format!("{path}.protocols"), false)?;
         let has_name = ports.iter().flatten().any(|port| matches!(port, PortMatch::Named { .. }));
         if let Some(at) = peers.iter().position(|peer| peer.nodes.is_some() || peer.networks.is_some())
             && has_name
         {
-            let path = format!("{path}.{field}[{at}]");
+            let path = format!("{peers_path}[{at}]");
             return Err(doc.refuse(&path, "nodes and networks have no named ports: give the port's number"));
         }
-        all.push(Rule {
-            name: rule.name,
-            line: doc.line(&path),
-            action,
-            peers: Some(doc.cluster_peers(&peers, is_egress, &format!("{path}.{field}"))?),
-            ports,
-            path,
-        });
-    }
+        let peers = Some(doc.cluster_peers(&peers, is_egress, &peers_path)?);
+        Ok(Rule { name: rule.name, line: doc.line(&path), action, peers, ports, path })
+    };
+    let all = doc.rules(rules.unwrap_or_default(), is_egress, MAX_ITEMS, read)?;
     Ok((!all.is_empty()).then_some(all))
 }
 

@@ -4,7 +4,7 @@ use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{NamespaceMatch, Peer, PortMatch, Subject, protocol};
+use crate::model::{Action, NamespaceMatch, Peer, PortMatch, Rule, Subject, protocol};
 use crate::object::{Doc, ReadError};
 use crate::selector::{Operator, Requirement, Selector};
 
@@ -186,6 +186,45 @@ impl Doc<'_> {
             return Err(self.refuse(path, format!("the range ends ({end}) before it begins ({first})")));
         }
         Ok(PortMatch::Ports { protocol: number, first, last: end })
+    }
+
+    /// Reads the rules of one direction, each by `read`, which is given its path.
+    pub(crate) fn rules<R>(
+        &self,
+        rules: Vec<R>,
+        is_egress: bool,
+        most: usize,
+        read: impl Fn(R, String) -> Result<Rule, ReadError>,
+    ) -> Result<Vec<Rule>, ReadError> {
+        let path = format!("spec.{}", if is_egress { "egress" } else { "ingress" });
+        self.most(rules.len(), most, &path)?;
+        rules.into_iter().enumerate().map(|(at, rule)| read(rule, format!("{path}[{at}]"))).collect()
+    }
+
+    /// What a rule does, of what its kind allows.
+    pub(crate) fn action(&self, text: &str, path: &str, allowed: &[(&str, Action)]) -> Result<Action, ReadError> {
+        let known = allowed.iter().find(|(name, _)| *name == text).map(|&(_, action)| action);
+        known.ok_or_else(|| {
+            let names: Vec<&str> = allowed.iter().map(|&(name, _)| name).collect();
+            let (last, others) = names.split_last().expect("every kind allows something");
+            let path = format!("{path}.action");
+            self.refuse(&path, format!("\"{text}\" is not allowed: use {} or {last}", others.join(", ")))
+        })
+    }
+
+    /// The peers of a rule, with their path: `to` of egress and `from` of ingress, and never the other.
+    pub(crate) fn peers<P>(
+        &self,
+        from: Option<Vec<P>>,
+        to: Option<Vec<P>>,
+        is_egress: bool,
+        path: &str,
+    ) -> Result<(Option<Vec<P>>, String), ReadError> {
+        let (peers, field, stray, wrong) = if is_egress { (to, "to", from, "from") } else { (from, "from", to, "to") };
+        if stray.is_some() {
+            return Err(self.refuse(&format!("{path}.{wrong}"), "the schema has no such field"));
+        }
+        Ok((peers, format!("{path}.{field}")))
     }
 
     pub(crate) fn most(&self, count: usize, most: usize, path: &str) -> Result<(), ReadError> {

@@ -119,33 +119,15 @@ pub(crate) fn read_tier(doc: &Doc<'_>, id: &PolicyId) -> Result<Object, ReadErro
 /// The rules of one direction. `ingress: []` speaks of it and has no rule, so that the tier's default decides.
 fn rules(doc: &Doc<'_>, rules: Option<Vec<OwnRule>>, is_egress: bool) -> Result<Option<Vec<Rule>>, ReadError> {
     let Some(rules) = rules else { return Ok(None) };
-    let direction = if is_egress { "egress" } else { "ingress" };
-    let mut all = Vec::new();
-    for (at, rule) in rules.into_iter().enumerate() {
-        let path = format!("spec.{direction}[{at}]");
-        let action = match rule.action.as_str() {
-            "Allow" => Action::Allow,
-            "Deny" => Action::Deny,
-            "Pass" => Action::Pass,
-            "Log" => Action::Log,
-            other => {
-                let path = format!("{path}.action");
-                return Err(doc.refuse(&path, format!("\"{other}\" is not allowed: use Allow, Deny, Pass or Log")));
-            }
-        };
-        let (field, wrong) = if is_egress { ("to", "from") } else { ("from", "to") };
-        let (peers, stray) = if is_egress { (rule.to, rule.from) } else { (rule.from, rule.to) };
-        if stray.is_some() {
-            return Err(doc.refuse(&format!("{path}.{wrong}"), "the schema has no such field"));
-        }
-        let peers = match peers {
-            None => None,
-            Some(list) => Some(own_peers(doc, &list, &format!("{path}.{field}"))?),
-        };
+    let allowed = [("Allow", Action::Allow), ("Deny", Action::Deny), ("Pass", Action::Pass), ("Log", Action::Log)];
+    let read = |rule: OwnRule, path: String| {
+        let action = doc.action(&rule.action, &path, &allowed)?;
+        let (peers, peers_path) = doc.peers(rule.from, rule.to, is_egress, &path)?;
+        let peers = peers.map(|list| own_peers(doc, &list, &peers_path)).transpose()?;
         let ports = protocols(doc, rule.protocols.as_deref(), &format!("{path}.protocols"), true)?;
-        all.push(Rule { name: rule.name, line: doc.line(&path), action, peers, ports, path });
-    }
-    Ok(Some(all))
+        Ok(Rule { name: rule.name, line: doc.line(&path), action, peers, ports, path })
+    };
+    doc.rules(rules, is_egress, usize::MAX, read).map(Some)
 }
 
 fn own_peers(doc: &Doc<'_>, peers: &[OwnPeer], path: &str) -> Result<Vec<Peer>, ReadError> {
