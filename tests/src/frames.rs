@@ -113,6 +113,21 @@ pub fn packet(
     }
 }
 
+/// One part of a frame's IPv4 packet: the bytes `from..to` of what is behind its header.
+pub fn cut(whole: &[u8], from: usize, to: usize, id: u16) -> Vec<u8> {
+    let to = to.min(whole.len() - 34);
+    let mut part = whole[..34].to_vec();
+    part.extend_from_slice(&whole[34 + from..34 + to]);
+    part[16..18].copy_from_slice(&((20 + to - from) as u16).to_be_bytes());
+    part[18..20].copy_from_slice(&id.to_be_bytes());
+    let more = if 34 + to < whole.len() { 0x2000 } else { 0 };
+    part[20..22].copy_from_slice(&((from / 8) as u16 | more).to_be_bytes());
+    part[24..26].fill(0);
+    let sum = vswitch_net::checksum::finish(vswitch_net::checksum::sum(&part[14..34]));
+    part[24..26].copy_from_slice(&sum.to_be_bytes());
+    part
+}
+
 /// A UDP datagram from port 1000 to 2000, of IPv4 or IPv6 as the addresses are.
 pub fn udp(ends: Ends, source: &str, destination: &str, payload: &[u8]) -> Vec<u8> {
     udp_with(ends, source, destination, (1000, 2000), 64, payload)

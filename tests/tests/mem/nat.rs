@@ -13,7 +13,7 @@ use vswitch_api::{Answer, ConnectionFilter, ConnectionInfo, ErrorCode, PolicyDoc
 use vswitch_dataplane::DropReason;
 use vswitch_dataplane::connection::ConnectionConfig;
 use vswitch_net::{GATEWAY_MAC, PortId, checksum};
-use vswitch_tests::frames::{Ends, Layer4, packet, partial};
+use vswitch_tests::frames::{Ends, Layer4, cut, packet, partial};
 use vswitch_tests::mem::Switch;
 
 use super::mac;
@@ -510,15 +510,7 @@ fn fragments_are_translated_like_their_first() {
     let whole = node.frame(0, "172.20.0.10", (1000, 80), Layer4::Udp, &[7; 100]);
     let mut out = Vec::new();
     for (from, to) in [(0, 64), (64, 108)] {
-        let mut part = whole[..34].to_vec();
-        part.extend_from_slice(&whole[34 + from..34 + to]);
-        part[16..18].copy_from_slice(&((20 + to - from) as u16).to_be_bytes());
-        let more = if to < 108 { 0x2000 } else { 0 };
-        part[20..22].copy_from_slice(&((from / 8) as u16 | more).to_be_bytes());
-        part[24..26].fill(0);
-        let sum = checksum::finish(checksum::sum(&part[14..34]));
-        part[24..26].copy_from_slice(&sum.to_be_bytes());
-        let (at, part) = node.pass(0, &part).unwrap();
+        let (at, part) = node.pass(0, &cut(&whole, from, to, 1)).unwrap();
         assert_eq!(at, 1);
         assert_eq!(checksum::fold(checksum::sum(&part[14..34])), 0xffff);
         assert_eq!(part[30..34], [10, 0, 0, 2]);
