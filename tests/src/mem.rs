@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use vswitch_api::{Answer, ApiError, PortInfo, PortSpec, Request};
 use vswitch_control::{
-    Attached, Backend, Control, ControlConfig, FlowSample, NextHop, Own, UPLINK_PORT, UplinkState, WorkerSample,
+    Attached, Backend, Control, ControlConfig, FlowSample, HOST_PORT, HostState, NextHop, Own, UPLINK_PORT,
+    UplinkState, WorkerSample,
 };
 use vswitch_dataplane::connection::{ConnectionConfig, Connections};
 use vswitch_dataplane::{Counters, DropReason, PortIo, Snapshot, Worker, WorkerConfig};
@@ -133,6 +134,17 @@ impl Switch {
             now_ns: 1,
         };
         switch.publish();
+        switch
+    }
+
+    /// A switch whose host's stack is joined to the network that `network`, a request, makes.
+    pub fn with_host(config: ControlConfig, host: MacAddr, network: &str) -> Switch {
+        let mut switch = Switch::new();
+        switch.control = Control::new(config);
+        switch.ask_json(network).expect("a network");
+        switch.backend.attach(HOST_PORT, "host").expect("memory");
+        let (link, attached) = ("vswitch0".to_owned(), Attached::default());
+        switch.control.set_host(Ok(HostState { link, mac: host, attached, problem: None }));
         switch
     }
 

@@ -1,6 +1,6 @@
 //! The port into the host's stack, and the routes that kernel and switch have from each other.
 
-use vswitch_control::{Attached, Backend, Control, ControlConfig, HOST_PORT, HostState};
+use vswitch_control::{ControlConfig, HOST_PORT};
 use vswitch_dataplane::DropReason;
 use vswitch_net::{GATEWAY_MAC, MacAddr};
 use vswitch_tests::frames::{self, Ends};
@@ -12,17 +12,9 @@ const HOST_MAC: MacAddr = MacAddr([2, 0, 0, 0, 9, 9]);
 
 /// A switch whose network "pods" is joined to the host, with one pod, 10.1.0.2.
 fn joined() -> Switch {
-    let mut switch = Switch::new();
-    switch.control = Control::new(ControlConfig { host_network: Some("pods".to_owned()), ..ControlConfig::default() });
+    let config = ControlConfig { host_network: Some("pods".to_owned()), ..ControlConfig::default() };
     let network = r#"{"op":"network_add","name":"pods","vni":7,"subnets":["10.0.0.0/8","fd00::/8"],"ranges":["10.1.0.0/24","fd01::/64"]}"#;
-    switch.ask_json(network).unwrap();
-    switch.backend.attach(HOST_PORT, "host").unwrap();
-    switch.control.set_host(Ok(HostState {
-        link: "vswitch0".to_owned(),
-        mac: HOST_MAC,
-        attached: Attached::default(),
-        problem: None,
-    }));
+    let mut switch = Switch::with_host(config, HOST_MAC, network);
     switch.add_port("one", "pods", mac(1), &[]);
     switch
 }

@@ -7,7 +7,7 @@ use vswitch_api::{
     Answer, ApiError, EndpointSpec, ErrorCode, ExplainInfo, ExplainSpec, FlowEvent, ObjectName, ObserveFilter,
     PolicyDetail, PolicyDocument, PolicyInfo, PortSpec, Request,
 };
-use vswitch_control::{Attached, Backend, Control, ControlConfig, Failsafe, HOST_PORT, HostState};
+use vswitch_control::{Control, ControlConfig, Failsafe, HOST_PORT};
 use vswitch_dataplane::DropReason;
 use vswitch_net::{GATEWAY_MAC, MacAddr, PortId};
 use vswitch_tests::frames::{Ends, Layer4, packet};
@@ -347,20 +347,12 @@ fn a_restart_keeps_policies_and_identities() {
 
 /// A switch that is joined to its host, whose own address is 10.1.0.254 and 203.0.113.7.
 fn joined() -> (Switch, PortId) {
-    let mut switch = Switch::new();
-    switch.control = Control::new(ControlConfig {
+    let config = ControlConfig {
         host_network: Some("pods".to_owned()),
         failsafe: Failsafe { inbound: vec![(6, 22)], outbound: vec![(17, 53)] },
         ..ControlConfig::default()
-    });
-    switch.ask_json(network()).unwrap();
-    switch.backend.attach(HOST_PORT, "host").unwrap();
-    switch.control.set_host(Ok(HostState {
-        link: "vswitch0".to_owned(),
-        mac: HOST_MAC,
-        attached: Attached::default(),
-        problem: None,
-    }));
+    };
+    let mut switch = Switch::with_host(config, HOST_MAC, network());
     switch.control.set_host_addresses(vec!["203.0.113.7".parse().unwrap()]);
     let pod = add(&mut switch, "db", 2);
     (switch, pod)

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use xtask::lab;
+use xtask::lab::{self, Lab, Namespace};
 
 use crate::{ALONE, assert_balanced, bench, node_with_pods};
 
@@ -34,6 +34,16 @@ fn two_hundred_and_fifty_ports() {
     assert_balanced(&daemon);
 }
 
+/// Starts a generator in a pod: 64-byte packets of so many flows to an address, as fast as it can.
+pub(crate) fn generate(lab: &mut Lab, pod: &Namespace, [source, target]: [&str; 2], flows: u32, seconds: u64) {
+    let pktgen = lab::binaries().join("pktgen");
+    let (pktgen, mac) = (pktgen.to_string_lossy(), mac_of(pod).unwrap());
+    let (flows, seconds) = (flows.to_string(), seconds.to_string());
+    let ends = ["--source-mac", &mac, "--source", source, "--destination", target];
+    let size = ["--flows", &flows, "--seconds", &seconds];
+    lab.spawn(pod, &[&[&*pktgen, "send", "--link", "eth0"][..], &ends, &size].concat()).unwrap();
+}
+
 /// Pods that flood another.
 const SENDERS: usize = 8;
 
@@ -41,29 +51,10 @@ const SENDERS: usize = 8;
 fn after_ten_times_its_capacity_the_next_ping_answers() {
     let Some(mut bench) = bench("over") else { return };
     let (daemon, pods) = node_with_pods(&mut bench, ALONE, SENDERS + 1);
-    let pktgen = lab::binaries().join("pktgen");
-    let pktgen = pktgen.to_string_lossy();
     // Many pods flood one, each as fast as it can, with 64-byte packets and many flows.
     let target = &pods[SENDERS].1[0];
     for (pod, addresses) in &pods[..SENDERS] {
-        let mac = mac_of(pod).unwrap();
-        let command = [
-            &*pktgen,
-            "send",
-            "--link",
-            "eth0",
-            "--source-mac",
-            &mac,
-            "--source",
-            &addresses[0],
-            "--destination",
-            target,
-            "--flows",
-            "1000",
-            "--seconds",
-            "5",
-        ];
-        bench.lab.spawn(pod, &command).unwrap();
+        generate(&mut bench.lab, pod, [&addresses[0], target], 1000, 5);
     }
     let before = daemon.ctl(&["stats"]).unwrap();
     lab::wait_for(30, || bench.lab.running() == 0).unwrap();
@@ -92,7 +83,7 @@ fn after_ten_times_its_capacity_the_next_ping_answers() {
     assert_balanced(&daemon);
 }
 
-pub(crate) fn mac_of(pod: &lab::Namespace) -> anyhow::Result<String> {
+pub(crate) fn mac_of(pod: &Namespace) -> anyhow::Result<String> {
     let links: serde_json::Value = serde_json::from_str(&pod.run(5, &["ip", "-j", "link", "show", "eth0"])?)?;
     Ok(links[0]["address"].as_str().unwrap_or_default().to_owned())
 }

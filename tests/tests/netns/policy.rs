@@ -10,6 +10,7 @@ use serde_json::json;
 use vswitch_api::{Answer, Client, EndpointSpec, PolicyDocument, Request};
 use xtask::lab::{self, Daemon, Lab, Namespace};
 
+use crate::load::generate;
 use crate::{ALONE, assert_balanced, bench, conflist, dropped, is_listening, node_with_pods, serve_iperf3};
 
 /// Sends to an address as fast as it can: UDP to port 9, and a TCP connection to port 80 now and then.
@@ -263,29 +264,9 @@ fn cluster() -> (Vec<EndpointSpec>, String) {
 
 /// Packets a second that reach a pod from another one.
 fn rate(lab: &mut Lab, daemon: &Daemon, pods: &[(Namespace, Vec<String>)], seconds: u64) -> f64 {
-    let pktgen = lab::binaries().join("pktgen");
-    let pktgen = pktgen.to_string_lossy().into_owned();
-    let mac = crate::load::mac_of(&pods[0].0).unwrap();
-    let time = seconds.to_string();
     let sent = |daemon: &Daemon| daemon.ctl(&["stats"]).unwrap()["tx_packets"].as_u64().unwrap();
-    let command = [
-        &*pktgen,
-        "send",
-        "--link",
-        "eth0",
-        "--source-mac",
-        &mac,
-        "--source",
-        &pods[0].1[0],
-        "--destination",
-        &pods[1].1[0],
-        "--flows",
-        "100",
-        "--seconds",
-        &time,
-    ];
     let (before, start) = (sent(daemon), Instant::now());
-    lab.spawn(&pods[0].0, &command).unwrap();
+    generate(lab, &pods[0].0, [&pods[0].1[0], &pods[1].1[0]], 100, seconds);
     lab::wait_for(seconds + 20, || lab.running() == 0).unwrap();
     (sent(daemon) - before) as f64 / start.elapsed().as_secs_f64()
 }
