@@ -74,7 +74,6 @@ pub struct Compiler {
     pub(super) host_sets: [Option<u32>; 4],
     /// The node that this one is.
     pub(super) host_node: Option<IdentityId>,
-    pub(super) had_host_node: bool,
     pub(super) table: Classes,
     pub(crate) rules: RuleNumbers,
 }
@@ -194,7 +193,9 @@ impl Compiler {
                 }
             }
         }
-        self.settle_host_rows();
+        if self.host_node.is_some() {
+            self.settle_host_rows();
+        }
         if names_changed {
             let all: Vec<u32> = self.identities.keys().collect();
             all.into_iter().for_each(|identity| self.settle_class(identity));
@@ -346,11 +347,6 @@ impl Compiler {
     /// Who has an address.
     pub fn owner(&self, network: NetworkIndex, address: IpAddr) -> Option<Owner> {
         self.addresses.get(&(network, address)).copied()
-    }
-
-    /// Sets, rows that they have of their own, and classes.
-    pub fn sizes(&self) -> (usize, usize, usize) {
-        (self.sets.len(), self.sets.iter().map(|(_, set)| set.len()).sum(), self.classes.len())
     }
 
     /// The policies of a subject in one direction, in order; none of the facts are looked at again.

@@ -280,9 +280,4 @@ impl Set {
     fn rules_of<'a>(&self, policy: &'a Numbered) -> &'a [Rule] {
         policy.policy.rules(self.key.direction).unwrap_or_default()
     }
-
-    /// Memory of its rows: how many it has of its own.
-    pub(crate) fn len(&self) -> usize {
-        self.table.len()
-    }
 }

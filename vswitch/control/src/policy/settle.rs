@@ -130,11 +130,8 @@ impl Compiler {
 
     /// Tells all sets which selectors mean this node.
     pub(super) fn settle_host_rows(&mut self) {
-        if self.host_node.is_some() || self.had_host_node {
-            let terms = self.host_terms();
-            self.sets.iter_mut().for_each(|(_, set)| set.set_host(&terms));
-        }
-        self.had_host_node = self.host_node.is_some();
+        let terms = self.host_terms();
+        self.sets.iter_mut().for_each(|(_, set)| set.set_host(&terms));
     }
 
     fn make_class(&mut self, looks: Looks) -> u32 {

@@ -225,16 +225,6 @@ impl PolicySet {
         let inside = row.iter().filter(|one| one.from > first && one.from <= last).map(|one| one.judgement);
         inside.fold(at(row, first), |all, one| if all.is_allowed { one } else { all })
     }
-
-    /// Rows that classes have of their own.
-    pub fn len(&self) -> usize {
-        self.rows.len()
-    }
-
-    /// True if none has.
-    pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
-    }
 }
 
 #[inline]
@@ -278,16 +268,6 @@ impl Classes {
             IpAddr::V6(v6) => self.v6.remove(&(v6.to_bits(), network)),
         };
     }
-
-    /// Addresses that are somebody's.
-    pub fn len(&self) -> usize {
-        self.v4.len() + self.v6.len()
-    }
-
-    /// True if there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
 }
 
 #[cfg(test)]
@@ -315,6 +295,6 @@ mod tests {
         assert!(!set.judge_unknown(pod, address, 6).is_allowed);
         assert!(set.judge_unknown(Class::WORLD, address, 6).is_allowed);
         set.remove(pod);
-        assert!(set.is_empty() && !judge(&set, pod, 6, 80));
+        assert!(set.rows.is_empty() && !judge(&set, pod, 6, 80));
     }
 }
