@@ -1,8 +1,10 @@
 //! The control thread: the one writer. Socket, kernel news, workers' events and time all end in [`Control`].
 
+mod refresh;
+mod requests;
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,23 +15,22 @@ use crossbeam_channel::Receiver;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, Notify};
 use tokio::task::spawn_local;
-use tracing::{debug, info, warn};
-use vswitch_api::{Answer, ApiError, ErrorCode, Request};
+use tracing::{info, warn};
+use vswitch_api::Request;
 use vswitch_control::{Backend, Control, ControlConfig, HOST_PORT, HostState, PodRoutes, UPLINK_PORT};
 use vswitch_dataplane::connection::Connections;
 use vswitch_dataplane::{Event, Snapshot};
-use vswitch_link::plug::update_routes;
-use vswitch_link::{Kernel, LinkState, Watch};
+use vswitch_link::{Kernel, Watch};
 use vswitch_net::PortId;
 
 use crate::backend::Links;
 use crate::config::{Config, Poll};
-use crate::follow::{self, Followed};
-use crate::host::{self, HostLink};
+use crate::follow::Followed;
+use crate::host::HostLink;
 use crate::store::Store;
 use crate::tasks::EVENT_QUEUE;
 use crate::worker::{Setup, Shared, WorkerHandle, choose_cores};
-use crate::{server, tasks, uplink};
+use crate::{follow, host, server, tasks};
 
 /// A host port that could not be made is tried again this much later.
 const HOST_RETRY_NS: u64 = 5_000_000_000;
@@ -303,183 +304,6 @@ impl Daemon {
         Ok(())
     }
 
-    pub(crate) async fn handle(&self, request: Request) -> Result<Answer, ApiError> {
-        let is_change = !request.is_question();
-        let is_policy = request.is_policy();
-        let asked = format!("{request}");
-        if let Request::PortAdd(spec) = &request {
-            self.check_link(&spec.link).await?;
-        }
-        // A mapped port that is not mapped is a pod that nobody reaches, and nobody is told.
-        let mapped = match &request {
-            Request::PortAdd(spec) if !spec.port_mappings.is_empty() => Some(spec.link.clone()),
-            _ => None,
-        };
-        let mut answer = self.control.borrow_mut().handle(self.now_ns(), request, &mut *self.links.borrow_mut());
-        if let (Some(link), Ok(_)) = (mapped, &answer) {
-            self.carry_out().await;
-            let failure = self.host.lock().await.as_ref().and_then(HostLink::rules_failure);
-            if let Some(failure) = failure {
-                let removal = Request::PortDel { link };
-                let _ = self.control.borrow_mut().handle(self.now_ns(), removal, &mut *self.links.borrow_mut());
-                answer = Err(ApiError::new(ErrorCode::System, format!("port_mappings: {failure}")));
-            }
-        }
-        if let (true, Ok(Answer::Port(info))) = (is_change, &answer) {
-            // Its routes are made by who plugged it in, as the answer says.
-            let control = self.control.borrow();
-            let mut plugged = control.pod_routes().filter(|pod| pod.port == info.id);
-            self.pod_routes.borrow_mut().extend(plugged.next().map(|pod| (pod.port, pod)));
-        }
-        match &answer {
-            Ok(_) if !is_change => debug!("{asked}"),
-            Ok(_) => info!("{asked}"),
-            Err(error) if !is_change => debug!("{asked}: refused: {error}"),
-            Err(error) => info!("{asked}: refused: {error}"),
-        }
-        if is_change {
-            self.publish();
-            // Whoever is told that it is done may rely on it, for the very next packet and after a restart.
-            let live = self.links.borrow().sync().map_err(|error| ApiError::new(ErrorCode::System, error));
-            answer = answer.and_then(|done| live.and(self.note()).map(|()| done));
-        }
-        if is_change && !is_policy {
-            self.save();
-            self.carry_out().await;
-            self.stale.notify_one();
-        }
-        answer
-    }
-
-    /// Notes what has changed of policies and endpoints.
-    fn note(&self) -> Result<(), ApiError> {
-        let entries = self.control.borrow_mut().take_journal();
-        let noted = if entries.is_empty() { Ok(()) } else { self.store.append_journal(&entries) };
-        let noted = noted.and_then(|()| if self.store.is_journal_long() { self.write_journal() } else { Ok(()) });
-        noted.map_err(|error| {
-            let message = format!("in force, but a restart will not know it: {error}; make room in daemon.runtime_dir");
-            ApiError::new(ErrorCode::System, message)
-        })
-    }
-
-    fn write_journal(&self) -> std::io::Result<()> {
-        self.store.rewrite_journal(&self.control.borrow().whole_journal())
-    }
-
-    /// Forgets silent connections, some shards at a time.
-    pub(crate) fn sweep(&self, turn: usize) {
-        const SHARDS_A_SECOND: usize = 32;
-        let links = self.links.borrow();
-        let connections = links.connections();
-        (0..SHARDS_A_SECOND).for_each(|step| connections.sweep(self.now_ns(), turn * SHARDS_A_SECOND + step));
-    }
-
-    /// A port takes every packet of its link: a NIC of the host plugged in by mistake would cut the node off.
-    async fn check_link(&self, name: &str) -> Result<(), ApiError> {
-        let system = |error: vswitch_link::LinkError| ApiError::new(ErrorCode::System, error.to_string());
-        let refuse = |message: String| Err(ApiError::new(ErrorCode::Invalid, message));
-        match self.kernel.link(name).await.map_err(system)? {
-            None => refuse(format!(
-                "no link {name} in the daemon's network namespace: plug pods in from there (see `ip link show`)"
-            )),
-            Some(link) if !link.is_veth => {
-                refuse(format!("link {name} is no veth: only the host end of a pod's veth can be a port"))
-            }
-            Some(link) if !self.kernel.addresses(link.ifindex).await.map_err(system)?.is_empty() => refuse(format!(
-                "link {name} has addresses of the host: only the bare end of a pod's veth can be a port"
-            )),
-            Some(_) => Ok(()),
-        }
-    }
-
-    pub(crate) async fn refresh(&self) -> anyhow::Result<()> {
-        let ports = || self.control.borrow().links().count();
-        let before = ports();
-        let refreshed = uplink::refresh(&self.kernel, &self.config.uplink, &self.control, &self.links).await;
-        self.publish();
-        if ports() != before {
-            self.save();
-        }
-        let all = refreshed?;
-        if self.config.host.network.is_some() {
-            let own = self.kernel.all_addresses().await?;
-            let own = own.into_iter().filter(|address| !address.is_loopback()).collect();
-            self.control.borrow_mut().set_host_addresses(own);
-        }
-        self.check_host(&all).await;
-        self.carry_out().await;
-        let followed = self.look_at_followed(&all).await;
-        self.update_pods().await;
-        self.publish();
-        followed
-    }
-
-    /// What leaves the node fits the uplink as it is now: pods' routes follow its MTU.
-    async fn update_pods(&self) {
-        let wanted: BTreeMap<PortId, PodRoutes> =
-            self.control.borrow().pod_routes().map(|pod| (pod.port, pod)).collect();
-        // A pod that was taken over is not known: the MTU may be another than the former daemon knew.
-        let known = self.pod_routes.replace(wanted.clone());
-        let changed = wanted.values().filter(|pod| known.get(&pod.port).is_none_or(|known| known.routes != pod.routes));
-        for PodRoutes { port, netns, mac, routes } in changed {
-            match update_routes(Path::new(netns), *mac, routes).await {
-                Ok(()) => debug!("routes of {netns} follow the uplink's MTU"),
-                Err(error) => {
-                    warn!("routes of {netns} keep their old MTU, which is tried again: {error}");
-                    let mut pods = self.pod_routes.borrow_mut();
-                    match known.get(port) {
-                        Some(before) => pods.insert(*port, before.clone()),
-                        None => pods.remove(port),
-                    };
-                }
-            }
-        }
-    }
-
-    /// The host's end of its veth may be deleted by anybody; then it is made again, as soon as it can be.
-    async fn check_host(&self, all: &[LinkState]) {
-        if self.config.host.network.is_none() {
-            return;
-        }
-        let link = &self.config.host.link;
-        let known = self.host.lock().await.as_ref().map(|host| all.iter().any(|link| host.is(link.ifindex)));
-        match known {
-            Some(true) => return,
-            Some(false) => {
-                warn!("link {link} is gone: it is made again");
-                self.links.borrow_mut().detach(HOST_PORT);
-                self.host.lock().await.take();
-            }
-            // Each try makes and deletes links, which is news that would wake the next.
-            None if self.now_ns() < self.host_retry_ns.get() => return,
-            None => {}
-        }
-        self.host_retry_ns.set(self.now_ns() + HOST_RETRY_NS);
-        if let Err(error) = self.attach_host().await {
-            let reason = format!("{error:#}; it is tried again");
-            if self.control.borrow_mut().set_host(Err(reason.clone())) {
-                warn!("host port {link}: {reason}");
-            }
-        }
-    }
-
-    /// Follows devices and uplinks that came or changed, and tells bridges of the stations here.
-    async fn look_at_followed(&self, all: &[LinkState]) -> anyhow::Result<()> {
-        if !Followed::is_needed(&self.config.routes, &self.control.borrow()) {
-            return Ok(());
-        }
-        let uplinks: Vec<u32> = {
-            let control = self.control.borrow();
-            let names: Vec<&str> = control.uplinks().collect();
-            all.iter().filter(|link| names.contains(&link.name.as_str())).map(|link| link.ifindex).collect()
-        };
-        let mut followed = self.followed.lock().await;
-        followed.look(all, &uplinks, &self.control.borrow());
-        followed.read(&self.kernel, &self.config.routes, &self.control).await?;
-        followed.tell(&self.kernel, all, self.now_ns(), &self.control).await;
-        Ok(())
-    }
-
     pub(crate) fn publish(&self) {
         let snapshot = self.control.borrow_mut().take_snapshot();
         if let Some(snapshot) = snapshot {
@@ -492,13 +316,6 @@ impl Daemon {
         }
         let own = self.control.borrow_mut().take_own();
         self.links.borrow().send_own(own);
-    }
-
-    fn save(&self) {
-        let state = self.control.borrow().state(self.store.boot_id());
-        if let Err(error) = self.store.save(&state) {
-            warn!("the state could not be written, a restart will not know the latest change: {error}");
-        }
     }
 
     pub(crate) fn now_ns(&self) -> u64 {

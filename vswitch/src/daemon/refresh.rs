@@ -1,0 +1,104 @@
+//! What others do to links and addresses, looked at and put right.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use tracing::{debug, warn};
+use vswitch_control::{Backend, HOST_PORT, PodRoutes};
+use vswitch_link::LinkState;
+use vswitch_link::plug::update_routes;
+use vswitch_net::PortId;
+
+use super::{Daemon, HOST_RETRY_NS};
+use crate::follow::Followed;
+use crate::uplink;
+
+impl Daemon {
+    pub(crate) async fn refresh(&self) -> anyhow::Result<()> {
+        let ports = || self.control.borrow().links().count();
+        let before = ports();
+        let refreshed = uplink::refresh(&self.kernel, &self.config.uplink, &self.control, &self.links).await;
+        self.publish();
+        if ports() != before {
+            self.save();
+        }
+        let all = refreshed?;
+        if self.config.host.network.is_some() {
+            let own = self.kernel.all_addresses().await?;
+            let own = own.into_iter().filter(|address| !address.is_loopback()).collect();
+            self.control.borrow_mut().set_host_addresses(own);
+        }
+        self.check_host(&all).await;
+        self.carry_out().await;
+        let followed = self.look_at_followed(&all).await;
+        self.update_pods().await;
+        self.publish();
+        followed
+    }
+
+    /// What leaves the node fits the uplink as it is now: pods' routes follow its MTU.
+    async fn update_pods(&self) {
+        let wanted: BTreeMap<PortId, PodRoutes> =
+            self.control.borrow().pod_routes().map(|pod| (pod.port, pod)).collect();
+        // A pod that was taken over is not known: the MTU may be another than the former daemon knew.
+        let known = self.pod_routes.replace(wanted.clone());
+        let changed = wanted.values().filter(|pod| known.get(&pod.port).is_none_or(|known| known.routes != pod.routes));
+        for PodRoutes { port, netns, mac, routes } in changed {
+            match update_routes(Path::new(netns), *mac, routes).await {
+                Ok(()) => debug!("routes of {netns} follow the uplink's MTU"),
+                Err(error) => {
+                    warn!("routes of {netns} keep their old MTU, which is tried again: {error}");
+                    let mut pods = self.pod_routes.borrow_mut();
+                    match known.get(port) {
+                        Some(before) => pods.insert(*port, before.clone()),
+                        None => pods.remove(port),
+                    };
+                }
+            }
+        }
+    }
+
+    /// The host's end of its veth may be deleted by anybody; then it is made again, as soon as it can be.
+    async fn check_host(&self, all: &[LinkState]) {
+        if self.config.host.network.is_none() {
+            return;
+        }
+        let link = &self.config.host.link;
+        let known = self.host.lock().await.as_ref().map(|host| all.iter().any(|link| host.is(link.ifindex)));
+        match known {
+            Some(true) => return,
+            Some(false) => {
+                warn!("link {link} is gone: it is made again");
+                self.links.borrow_mut().detach(HOST_PORT);
+                self.host.lock().await.take();
+            }
+            // Each try makes and deletes links, which is news that would wake the next.
+            None if self.now_ns() < self.host_retry_ns.get() => return,
+            None => {}
+        }
+        self.host_retry_ns.set(self.now_ns() + HOST_RETRY_NS);
+        if let Err(error) = self.attach_host().await {
+            let reason = format!("{error:#}; it is tried again");
+            if self.control.borrow_mut().set_host(Err(reason.clone())) {
+                warn!("host port {link}: {reason}");
+            }
+        }
+    }
+
+    /// Follows devices and uplinks that came or changed, and tells bridges of the stations here.
+    async fn look_at_followed(&self, all: &[LinkState]) -> anyhow::Result<()> {
+        if !Followed::is_needed(&self.config.routes, &self.control.borrow()) {
+            return Ok(());
+        }
+        let uplinks: Vec<u32> = {
+            let control = self.control.borrow();
+            let names: Vec<&str> = control.uplinks().collect();
+            all.iter().filter(|link| names.contains(&link.name.as_str())).map(|link| link.ifindex).collect()
+        };
+        let mut followed = self.followed.lock().await;
+        followed.look(all, &uplinks, &self.control.borrow());
+        followed.read(&self.kernel, &self.config.routes, &self.control).await?;
+        followed.tell(&self.kernel, all, self.now_ns(), &self.control).await;
+        Ok(())
+    }
+}
