@@ -16,6 +16,8 @@
 //!
 //! RFC 3022 (NAT), RFC 4787, RFC 5382 and RFC 5508 (what it owes to UDP, TCP and ICMP).
 
+use std::net::IpAddr;
+
 use vswitch_xsk::{Packet, Umem};
 
 use crate::connection::{Connections, Found, Sought, Tuple, quoted};
@@ -108,12 +110,10 @@ impl<'a> Turning<'a> {
             return Ok(None);
         }
         if icmp::is_error(meta) {
-            return if are_translated { self.error(packet, umem) } else { Ok(None) };
+            return self.error(packet, umem);
         }
-        if !meta.has_ports && meta.fragment.is_some() {
-            return Ok(None);
-        }
-        let Some(tuple) = Tuple::of(meta) else { return Ok(None) };
+        let is_whole = meta.has_ports || meta.fragment.is_none();
+        let Some(tuple) = Tuple::of(meta).filter(|_| is_whole) else { return self.untranslatable() };
         if are_translated && let Some(found) = self.find(tuple) {
             let Found { shard, at, side, is_after } = &found;
             match (side, is_after) {
@@ -150,24 +150,42 @@ impl<'a> Turning<'a> {
                 }
             }
         }
-        let is_pods = meta.peer.is_none()
-            && snapshot.access(meta.ingress).is_some_and(|access| access.check != SenderCheck::Elsewhere);
-        if is_pods && let Some(rules) = snapshot.egress.get(&meta.network) {
-            let destination = address(to.destination, tuple.is_v6);
-            if let Some(own) = rules.lookup(source, destination) {
-                to.source = words(own);
-            }
+        if let Some(own) = self.egress_address(source, address(to.destination, tuple.is_v6)) {
+            to.source = words(own);
         }
         Ok((to != tuple.ends()).then(|| Turn::new(meta, to, false)))
+    }
+
+    /// What a pod leaves with by an egress rule.
+    fn egress_address(&self, source: IpAddr, destination: IpAddr) -> Option<IpAddr> {
+        let Turning { meta, snapshot, .. } = *self;
+        let rules = snapshot.egress.get(&meta.network)?;
+        let is_pods = meta.peer.is_none()
+            && snapshot.access(meta.ingress).is_some_and(|access| access.check != SenderCheck::Elsewhere);
+        let stays = match destination {
+            IpAddr::V4(v4) => v4.is_link_local() || v4.is_multicast() || v4.is_broadcast(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.is_multicast(),
+        };
+        if is_pods && !stays { rules.lookup(source, destination) } else { None }
+    }
+
+    /// What is of no connection leaves as it is, and not at all where a rule hides who sent it.
+    fn untranslatable(&self) -> Result<Option<Turn>, DropReason> {
+        let hidden = self.meta.addresses().and_then(|(source, destination)| self.egress_address(source, destination));
+        if hidden.is_some() { Err(DropReason::Untranslatable) } else { Ok(None) }
     }
 
     /// An ICMP error about a packet that was translated: its receiver gets its own packet quoted, and hears of it from whom
     /// it sent it to.
     fn error(&self, packet: &mut Packet, umem: &Umem) -> Result<Option<Turn>, DropReason> {
         let meta = self.meta;
-        let Ok(quote) = quoted(meta, packet.head().data()) else { return Ok(None) };
-        let Some(found) = self.find(quote.tuple).filter(|found| found.is_after) else { return Ok(None) };
-        let Found { shard, at, side, .. } = &found;
+        let quote = quoted(meta, packet.head().data());
+        let found = quote.ok().and_then(|quote| Some((quote, self.find(quote.tuple)?)));
+        let Some((quote, found)) = found else { return self.untranslatable() };
+        let Found { shard, at, side, is_after } = &found;
+        if !is_after {
+            return Ok(None);
+        }
         let Some(to) = shard.translation(*at) else { return Ok(None) };
         let came = shard.get(*at).tuple();
         // As the quoted packet came, and as it left.

@@ -183,6 +183,8 @@ drop_reasons! {
     NoBackend, "no-backend", "the service has no backend: see `switchctl service list`";
     /// All ports that a translated connection could leave with are taken.
     NoNatPort, "no-nat-port", "every port tried is taken at the address that the connection would leave with: give the egress rule more addresses";
+    /// It belongs to no connection, and an egress rule hides its sender.
+    Untranslatable, "untranslatable", "of no connection that could leave with the egress rule's address: neither TCP, UDP, SCTP nor echo, an error about nothing known, or a fragment without its first";
     /// The connection table is full.
     ConnectionsFull, "connections-full", "the connection table is full of answered connections: raise `connections.limit`";
     /// For the gateway's own address, which offers nothing but ARP and neighbor discovery.
