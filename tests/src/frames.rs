@@ -91,6 +91,10 @@ pub fn packet(
         let sum = vswitch_net::checksum::finish(pseudo + vswitch_net::checksum::sum(&body));
         body[at..at + 2].copy_from_slice(&sum.to_be_bytes());
     }
+    if protocol == 132 {
+        let sum = crc32c(&body);
+        body[8..12].copy_from_slice(&sum.to_le_bytes());
+    }
     let caps = ChecksumCapabilities::default();
     match addresses {
         (IpAddr::V4(src_addr), IpAddr::V4(dst_addr)) => {
@@ -126,6 +130,13 @@ pub fn cut(whole: &[u8], from: usize, to: usize, id: u16) -> Vec<u8> {
     let sum = vswitch_net::checksum::finish(vswitch_net::checksum::sum(&part[14..34]));
     part[24..26].copy_from_slice(&sum.to_be_bytes());
     part
+}
+
+/// SCTP's checksum the obvious way (RFC 9260 appendix A), bit by bit.
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0_u32, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 })
+    })
 }
 
 /// A UDP datagram from port 1000 to 2000, of IPv4 or IPv6 as the addresses are.

@@ -52,6 +52,9 @@ pub(crate) async fn serve(daemon: Rc<Daemon>, listener: UnixListener) {
     }
 }
 
+/// How often addresses that are no longer translated are looked at.
+const DRAIN_SECONDS: usize = 5;
+
 /// Takes in what workers saw, and lets learned stations age.
 pub(crate) async fn learn(daemon: Rc<Daemon>, events: Receiver<Event>, news: Arc<Notify>) {
     let mut second = tokio::time::interval(Duration::from_secs(1));
@@ -63,6 +66,9 @@ pub(crate) async fn learn(daemon: Rc<Daemon>, events: Receiver<Event>, news: Arc
             _ = second.tick() => {
                 daemon.control.borrow_mut().tick(daemon.now_ns());
                 daemon.sweep(seconds);
+                if seconds % DRAIN_SECONDS == 0 {
+                    daemon.drain().await;
+                }
                 seconds += 1;
             }
         }

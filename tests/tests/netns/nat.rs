@@ -1,6 +1,8 @@
 //! Services and addresses to leave with, as programs see them.
 
-use serde_json::json;
+use std::path::Path;
+
+use serde_json::{Value, json};
 use xtask::lab::{self, Daemon, Namespace};
 
 use crate::outside::{World, greet, seen_as, world};
@@ -41,6 +43,19 @@ fn serve(daemon: &Daemon, port: &str, backends: [&str; 2], backend_port: u16) {
         let words = ["service", "set", &name, "--address", address, "--port", port, "--backend", &at];
         daemon.run_ctl(&words).unwrap();
     }
+}
+
+/// The report of an iperf3 that has ended, and ended well.
+fn finished(report: &Path) -> Value {
+    let mut text = String::new();
+    lab::wait_for(15, || {
+        text = std::fs::read_to_string(report).unwrap_or_default();
+        text.trim_end().ends_with('}')
+    })
+    .unwrap();
+    let report: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(report["error"], json!(null), "{report}");
+    report
 }
 
 /// What a datagram's sender hears: its answer, or the error.
@@ -131,6 +146,25 @@ while True:
     // Where nobody answers, who asks hears of it at once.
     daemons[0].run_ctl(&["service", "set", "none", "--address", "10.96.0.11", "--port", "udp/53"]).unwrap();
     assert_eq!(ask(&client, "10.96.0.11", 53), "ConnectionRefusedError");
+    assert_eq!(ask(&nodes[0], "10.96.0.11", 53), "ConnectionRefusedError", "the host hears it, too");
+    assert_eq!(ask(&client, "10.96.0.11", 54), "ConnectionRefusedError", "no service at that port");
+    // A backend on the host's side, as a cluster's own API has them.
+    greet(lab, &nodes[0], 8000);
+    daemons[0]
+        .run_ctl(&[
+            "service",
+            "set",
+            "api",
+            "--address",
+            "10.96.0.1",
+            "--port",
+            "tcp/443",
+            "--backend",
+            "192.0.2.1:8000",
+        ])
+        .unwrap();
+    assert_eq!(seen_as(&client, "http://10.96.0.1:443/"), own[0]);
+    assert_eq!(seen_as(&nodes[0], "http://10.96.0.1:443/"), "10.96.0.1");
     assert!(dropped(&daemons[0], "no-backend") > 0);
     // A connection goes on over a restart, by a crash.
     let report = lab.directory().join("report.json");
@@ -142,14 +176,7 @@ while True:
     println!("{}", daemons[0].run_ctl(&["flow", "show", "10.96.0.10"]).unwrap());
     daemons[0].kill();
     daemons[0].start().unwrap();
-    let mut text = String::new();
-    lab::wait_for(15, || {
-        text = std::fs::read_to_string(&report).unwrap_or_default();
-        text.trim_end().ends_with('}')
-    })
-    .unwrap();
-    let report: serde_json::Value = serde_json::from_str(&text).unwrap();
-    assert_eq!(report["error"], json!(null), "{report}");
+    let report = finished(&report);
     let received = report["end"]["sum_received"]["bits_per_second"].as_f64().unwrap();
     assert!(received > 10e6, "{received}");
     daemons.iter().for_each(assert_balanced);
@@ -201,9 +228,17 @@ print(data.decode().split()[-1])";
     assert!(pod.pings("10.244.1.1", 5, 3));
     assert!(!internet.pings(LEAVES_AS[0], 2, 2));
     assert!(node.run(5, &["ip", "route"]).unwrap().contains("203.0.113.50"));
+    // What has begun goes on; what begins leaves as before.
+    lab.spawn(&internet, &["iperf3", "-s"]).unwrap();
+    assert!(is_listening(&internet, 5201));
+    let report = lab.directory().join("report.json");
+    let command = format!("iperf3 -J -t 4 -b 5M -c 198.51.100.1 > {}", report.display());
+    lab.spawn(&pod, &["sh", "-c", &command]).unwrap();
+    let list = || daemon.run_ctl(&["connection", "list", "--port", "5201", "--state", "established"]).unwrap();
+    lab::wait_for(5, || list().contains("as 203.0.113.50")).unwrap();
     daemon.run_ctl(&["egress", "del", "shop"]).unwrap();
     assert_eq!(seen_as(&pod, urls[0]), "192.0.2.1");
-    lab::wait_for(5, || !node.run(5, &["ip", "route"]).unwrap().contains("203.0.113.50")).unwrap();
+    assert!(finished(&report)["end"]["sum_received"]["bits_per_second"].as_f64().unwrap() > 2e6);
     assert_balanced(&daemon);
     assert!(daemon.stop());
 }

@@ -146,7 +146,7 @@ pub(crate) struct Filter {
     /// With an end of this address.
     #[arg(long)]
     address: Option<IpAddr>,
-    /// With an end of this port.
+    /// With an end of this port; with --address, the same end.
     #[arg(long)]
     port: Option<u16>,
     /// Of a protocol: tcp, udp, sctp, icmp, icmpv6 or a number.

@@ -40,7 +40,7 @@ pub(crate) struct ServiceSet {
     #[arg(long, value_parser = parse_port)]
     port: (Protocol, u16),
     /// Who answers, as 10.244.1.3:8080 or [fd00::3]:8080; may be repeated. With none, who asks is refused.
-    #[arg(long = "backend", value_name = "ADDRESS:PORT")]
+    #[arg(long = "backend", value_name = "ADDRESS:PORT", value_parser = parse_backend)]
     backends: Vec<SocketAddr>,
     /// Which connections go to one backend: none, or those of a client address.
     #[arg(long, value_parser = word::<Affinity>(&["none", "client_ip"]), default_value = "none")]
@@ -71,10 +71,10 @@ pub(crate) struct EgressSet {
     #[arg(long = "address", required = true)]
     addresses: Vec<IpAddr>,
     /// Pods of this node that it is for; may be repeated; all of them unless named.
-    #[arg(long = "from", value_name = "PREFIX")]
+    #[arg(long = "from", value_name = "PREFIX", value_parser = parse_prefix)]
     sources: Vec<IpNet>,
     /// Where they go; may be repeated; everywhere beyond the network unless named.
-    #[arg(long = "to", value_name = "PREFIX")]
+    #[arg(long = "to", value_name = "PREFIX", value_parser = parse_prefix)]
     destinations: Vec<IpNet>,
     /// A routed network; the first one unless named.
     #[arg(long)]
@@ -123,19 +123,22 @@ pub(crate) fn print_services(out: &mut impl Write, services: &[ServiceInfo], is_
     let at = |spec: &ServiceSpec| SocketAddr::new(spec.address, spec.port);
     let affinity = |spec: &ServiceSpec| if spec.affinity == Affinity::ClientIp { "client_ip" } else { "-" };
     if !is_show {
-        let rows = services.iter().map(|ServiceInfo { spec, connections }| {
-            let total: usize = connections.iter().sum();
+        let rows = services.iter().map(|ServiceInfo { spec, targets }| {
+            let total: usize = targets.iter().map(|target| target.connections).sum();
             let (network, protocol) = (or_dash(spec.network.as_ref()), spec.protocol.name());
             row([&spec.name, &network, &at(spec), &protocol, &spec.backends.len(), &affinity(spec), &total])
         });
         return table(out, ["SERVICE", "NETWORK", "AT", "PROTOCOL", "BACKENDS", "AFFINITY", "CONNECTIONS"], rows);
     }
-    for ServiceInfo { spec, connections } in services {
+    for ServiceInfo { spec, targets } in services {
         let network = spec.network.as_ref().map_or(String::new(), |network| format!(", network {network}"));
         let (protocol, affinity) = (spec.protocol.name(), affinity(spec));
         writeln!(out, "service {}: {} ({protocol}), affinity {affinity}{network}", spec.name, at(spec))?;
-        let backends = spec.backends.iter().zip(connections);
-        table(out, ["BACKEND", "CONNECTIONS"], backends.map(|(backend, count)| row([backend, count])))?;
+        let rows = targets.iter().map(|target| {
+            let state = if target.is_leaving { "leaving: no new ones" } else { "" };
+            row([&target.backend, &target.connections, &state])
+        });
+        table(out, ["BACKEND", "CONNECTIONS", ""], rows)?;
     }
     Ok(())
 }
@@ -161,4 +164,14 @@ fn parse_port(text: &str) -> Result<(Protocol, u16), String> {
         Some((protocol, port.parse().ok().filter(|&port| port > 0)?))
     });
     parsed.ok_or_else(|| "write tcp, udp or sctp, and a port, as tcp/80".to_owned())
+}
+
+fn parse_backend(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "write an address and a port, as 10.244.1.3:8080 or [fd00::3]:8080".to_owned())
+}
+
+/// A prefix, or an address, which is one of full length.
+fn parse_prefix(text: &str) -> Result<IpNet, String> {
+    let address = || text.parse::<IpAddr>().map(IpNet::from);
+    text.parse().or_else(|_| address()).map_err(|_| "write a prefix or an address, as 10.244.1.0/28".to_owned())
 }

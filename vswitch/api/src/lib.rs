@@ -41,7 +41,7 @@ pub use response::{
     StatusInfo, UplinkInfo,
 };
 
-pub use service::{Affinity, EgressInfo, EgressSpec, ServiceInfo, ServiceSpec};
+pub use service::{Affinity, BackendInfo, EgressInfo, EgressSpec, ServiceInfo, ServiceSpec};
 
 use serde::{Deserialize, Serialize};
 

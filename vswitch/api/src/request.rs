@@ -263,8 +263,8 @@ impl std::fmt::Display for Request {
             Request::ServiceDel { names } => {
                 write!(f, "service del {}", few(&names.iter().map(String::as_str).collect::<Vec<_>>()))
             }
-            Request::EgressSet(spec) => write!(f, "egress set {}", spec.name),
-            Request::EgressDel { name } => write!(f, "egress del {name}"),
+            Request::EgressSet(spec) => write!(f, "egress set {}", spec.name.escape_default()),
+            Request::EgressDel { name } => write!(f, "egress del {}", name.escape_default()),
             Request::PolicyApply { documents, dry_run } => {
                 let files: Vec<&str> = documents.iter().map(|document| document.file.as_str()).collect();
                 write!(f, "policy {} {}", if *dry_run { "diff" } else { "apply" }, files.join(","))
@@ -287,7 +287,8 @@ impl std::fmt::Display for Request {
 /// The first of many names.
 fn few(names: &[&str]) -> String {
     let more = if names.len() > 10 { format!(" and {} more", names.len() - 10) } else { String::new() };
-    format!("{}{more}", names[..names.len().min(10)].join(", "))
+    let shown: Vec<String> = names.iter().take(10).map(|name| name.escape_default().to_string()).collect();
+    format!("{}{more}", shown.join(", "))
 }
 
 fn default_flow_limit() -> usize {

@@ -295,6 +295,9 @@ pub struct NetworkInfo {
     pub subnets: Vec<IpNet>,
     /// This node's ranges.
     pub ranges: Vec<IpNet>,
+    /// Where its services have their addresses.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<IpNet>,
     /// This node's own addresses in it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub router: Vec<IpAddr>,

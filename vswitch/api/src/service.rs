@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::defaults::is_no;
 use crate::port::Protocol;
 
 /// An address and port that nobody has, and who answers for it.
@@ -68,8 +69,20 @@ pub struct ServiceInfo {
     /// What was asked for.
     #[serde(flatten)]
     pub spec: ServiceSpec,
-    /// Connections of this node now, in the order of the backends.
-    pub connections: Vec<usize>,
+    /// Its backends, with their connections of this node; then those that are no more, and still have some.
+    pub targets: Vec<BackendInfo>,
+}
+
+/// Who answers for a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackendInfo {
+    /// Address and port.
+    pub backend: SocketAddr,
+    /// Connections that are not over.
+    pub connections: usize,
+    /// True if it gets no new ones.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub is_leaving: bool,
 }
 
 /// An egress rule, with what it does.

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use vswitch_api::{self as api, Encap, FdbTarget, NetworkMode};
-use vswitch_dataplane::table::{fdb::Fdb, group::Groups, neighbor::Neighbors, route, service::Services};
+use vswitch_dataplane::table::{
+    egress::EgressByNetwork, fdb::Fdb, group::Groups, neighbor::Neighbors, route, service::Services,
+};
 use vswitch_dataplane::vxlan::OuterHeader;
 use vswitch_dataplane::{
     Access, Gateway, Location, Network, NetworkMode as Mode, Path, Peer, Port, PortKind, SenderCheck, Snapshot,
@@ -27,6 +29,7 @@ pub(crate) struct Tables {
     pub(crate) fdb: Fdb,
     pub(crate) routes: route::Routes,
     pub(crate) services: Services,
+    pub(crate) egress: EgressByNetwork,
 }
 
 /// Headers of IP and TCP without options.
@@ -60,12 +63,7 @@ impl Control {
             neighbors: self.tables.neighbors.clone(),
             groups: self.tables.groups.clone(),
             services: self.tables.services.clone(),
-            egress: self
-                .desired
-                .networks
-                .values()
-                .filter_map(|entry| Some((entry.index, self.compile_egress(entry)?)))
-                .collect(),
+            egress: self.tables.egress.clone(),
             classes: self.policy.compiler.classes().clone(),
             rules: self.policy.compiler.rule_limit(),
         }

@@ -5,15 +5,18 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use vswitch_api::{ApiError, ErrorCode, FdbSpec, FdbTarget, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec};
+use vswitch_api::{
+    ApiError, EgressSpec, ErrorCode, FdbSpec, FdbTarget, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec, ServiceSpec,
+};
 use vswitch_dataplane::{Limits, Location, Storm};
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 
 use crate::backend::Attached;
+use crate::egress::EgressEntry;
 use crate::follow::Followed;
 use crate::learned::PlaceLimits;
 use crate::routes::routers;
-use crate::services::{EgressEntry, ServiceEntry};
+use crate::services::ServiceEntry;
 use crate::state::{PortRecord, State, Waiting};
 use crate::{HOST_PORT, is_uplink};
 
@@ -35,6 +38,9 @@ pub(crate) struct Desired {
     pub(crate) mirrors: BTreeMap<String, MirrorSpec>,
     pub(crate) services: BTreeMap<String, ServiceEntry>,
     pub(crate) egress: BTreeMap<String, EgressEntry>,
+    /// Services and egress rules of a former daemon that could not be taken over: they are tried again at the next start.
+    pub(crate) parked_services: Vec<ServiceSpec>,
+    pub(crate) parked_egress: Vec<EgressSpec>,
     /// Stations that ports with a limit had too many of.
     pub(crate) refused: BTreeMap<PortId, u64>,
     /// What the kernel's own VXLAN devices know of bridged networks.
@@ -297,8 +303,20 @@ impl Desired {
                 .cloned()
                 .collect(),
             mirrors: self.mirrors.values().cloned().collect(),
-            services: values(self.services.values(), |entry| (!entry.is_configured).then(|| entry.spec.clone())),
-            egress: values(self.egress.values(), |entry| (!entry.is_configured).then(|| entry.spec.clone())),
+            services: values(self.services.values(), |entry| {
+                let network = Some(self.network_name(entry.front.network));
+                (!entry.is_configured).then(|| ServiceSpec { network, ..entry.spec.clone() })
+            })
+            .into_iter()
+            .chain(self.parked_services.iter().cloned())
+            .collect(),
+            egress: values(self.egress.values(), |entry| {
+                let network = Some(self.network_name(entry.network));
+                (!entry.is_configured).then(|| EgressSpec { network, ..entry.spec.clone() })
+            })
+            .into_iter()
+            .chain(self.parked_egress.iter().cloned())
+            .collect(),
             cursors: self
                 .cursors
                 .iter()

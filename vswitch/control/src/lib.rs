@@ -27,6 +27,7 @@ mod checks;
 mod compile;
 mod counts;
 mod desired;
+mod egress;
 mod follow;
 mod groups;
 mod host;
@@ -41,6 +42,7 @@ mod services;
 mod state;
 mod stations;
 mod tagged;
+mod translations;
 mod underlay;
 
 use std::collections::BTreeMap;
@@ -62,6 +64,7 @@ use crate::learned::{Change, Learned};
 pub use crate::policy::JournalEntry;
 use crate::policy::{Observed, PolicyStore};
 use crate::tagged::TaggedNeighbor;
+use crate::translations::{Translated, Unsettled};
 use crate::underlay::UnderlayView;
 
 /// The port number of the first uplink; the others follow it.
@@ -154,6 +157,10 @@ pub struct Control {
     observed: Observed,
     /// Addresses of this node, as its kernel has them.
     host_addresses: Vec<std::net::IpAddr>,
+    /// What connections have not been looked at for.
+    unsettled: Unsettled,
+    /// Addresses that translation spoke for, and connections may still use.
+    draining: Translated,
     tables: Tables,
     generation: u64,
     dirty: Dirty,
@@ -206,6 +213,8 @@ impl Control {
             policy: PolicyStore::new(policy::failsafe(&config.failsafe)),
             observed: Observed::default(),
             host_addresses: Vec::new(),
+            unsettled: Unsettled::default(),
+            draining: Translated::new(),
             config,
             tables: Tables::default(),
             generation: 0,

@@ -237,6 +237,7 @@ impl Control {
             mode: entry.spec.mode,
             subnets: entry.spec.subnets.clone(),
             ranges: entry.spec.ranges.clone(),
+            services: entry.spec.services.clone(),
             router: routers(&entry.spec),
             vlan: entry.spec.vlan,
             follow: entry.spec.follow.clone(),

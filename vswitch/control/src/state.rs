@@ -69,17 +69,27 @@ pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Bac
     let mut lost = Vec::new();
     let State { networks, peers, routes, stations, ports, mirrors, services, egress, cursors, .. } = state;
     let early = networks.into_iter().map(Request::NetworkAdd).chain(peers.into_iter().map(Request::PeerAdd));
-    // One by one: what cannot be restored keeps nothing else from it.
-    let services = services.into_iter().filter(|spec| !control.desired.services.contains_key(&spec.name));
-    let services = services.map(|spec| Request::ServiceSet { services: vec![spec] }).collect::<Vec<_>>();
-    let egress = egress.into_iter().filter(|spec| !control.desired.egress.contains_key(&spec.name));
-    let egress = egress.map(Request::EgressSet).collect::<Vec<_>>();
-    let late = services.into_iter().chain(egress);
-    for request in early.chain(routes.into_iter().map(Request::RouteAdd)).chain(late) {
+    for request in early.chain(routes.into_iter().map(Request::RouteAdd)) {
         if let Err(error) = control.apply(request, backend) {
             let is_conflict = error.code == ErrorCode::Conflict;
             let why = if is_conflict { "what a request made gives way to the configuration: " } else { "" };
             lost.push(format!("{why}{}", error.message));
+        }
+    }
+    // One by one: what cannot be taken over keeps nothing else from it. What has another of its name in the configuration
+    // has given way.
+    for spec in
+        services.into_iter().filter(|spec| !control.desired.services.contains_key(&spec.name)).collect::<Vec<_>>()
+    {
+        if let Err(error) = control.apply(Request::ServiceSet { services: vec![spec.clone()] }, backend) {
+            lost.push(format!("{}; it is kept for the next start", error.message));
+            control.desired.parked_services.push(spec);
+        }
+    }
+    for spec in egress.into_iter().filter(|spec| !control.desired.egress.contains_key(&spec.name)).collect::<Vec<_>>() {
+        if let Err(error) = control.apply(Request::EgressSet(spec.clone()), backend) {
+            lost.push(format!("egress rule \"{}\": {}; it is kept for the next start", spec.name, error.message));
+            control.desired.parked_egress.push(spec);
         }
     }
     for (network, range, at) in cursors {

@@ -152,6 +152,11 @@ impl UnderlayView {
         })
     }
 
+    /// True for an address of the underlay that packets to peers go by.
+    pub(crate) fn is_next_hop(&self, address: IpAddr) -> bool {
+        self.next_hops.values().flatten().any(|hop| hop.address == Some(address))
+    }
+
     /// What stands between us and a peer, or `reachable`.
     pub(crate) fn peer_state(&self, vtep: IpAddr) -> String {
         if self.is_ours(vtep) {

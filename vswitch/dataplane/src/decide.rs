@@ -192,8 +192,7 @@ fn route(
         None => Err(DropReason::NoRoute),
         Some(NextHop::Nowhere) => Err(DropReason::NoHost),
         Some(NextHop::Gateway) => to_gateway(meta),
-        // Who reaches itself by a service's address gets its own packets back.
-        Some(NextHop::Port { port, .. }) if port == meta.ingress && !meta.is_turned && !is_hairpin(port, snapshot) => {
+        Some(NextHop::Port { port, .. }) if port == meta.ingress && !meta.may_return && !is_hairpin(port, snapshot) => {
             Err(DropReason::SamePort)
         }
         Some(NextHop::Port { port, .. }) if are_isolated(meta.ingress, port, snapshot) => Err(DropReason::Isolated),

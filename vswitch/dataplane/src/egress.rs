@@ -200,7 +200,11 @@ impl<P: PortIo> Egress<'_, P> {
         match network.mode {
             NetworkMode::Routed(gateway) => {
                 let is_here = self.snapshot.access(meta.ingress).is_some();
+                let is_host = is_here && !self.snapshot.is_pod(meta.ingress);
                 let address = match meta.kind {
+                    // The node's own address in the network is the host's, which believes nothing that comes from itself, nor
+                    // from where it has no route to.
+                    Kind::V4 if is_host => meta.addresses().map(|(_, destination)| destination),
                     Kind::V4 => network.router_v4.or(is_here.then_some(gateway.v4)).map(IpAddr::V4),
                     _ => network.router_v6.or(is_here.then_some(gateway.v6)).map(IpAddr::V6),
                 };
@@ -365,14 +369,14 @@ impl<P: PortIo> Egress<'_, P> {
         path.map_or(0, |path| path.mtu.saturating_sub(room(path)))
     }
 
-    /// Writes into a packet what its way says. What cannot be is known before the first byte is written.
+    /// Writes into a packet what its way says.
     #[inline]
     fn apply(&self, packet: &mut Packet, meta: &Meta, edit: &Edit) -> Result<(), DropReason> {
         if let Some(rewrite) = &edit.rewrite {
             route(packet, meta, rewrite)?;
         }
         if let Some(translation) = &edit.translation {
-            translate(packet, meta, translation, self.umem);
+            translate(packet, meta, translation, self.umem)?;
         }
         Ok(())
     }

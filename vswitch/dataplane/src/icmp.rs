@@ -79,7 +79,7 @@ impl Message {
                 Some(Message { kind: 3, code: 4, word: mtu.min(0xffff) })
             }
             DropReason::TooBigForWire | DropReason::TooBigForPort => Some(Message { kind: 2, code: 0, word: mtu }),
-            DropReason::NoBackend => say((3, 3), (1, 4)),
+            DropReason::NoBackend | DropReason::NoService => say((3, 3), (1, 4)),
             DropReason::ToGateway => match meta.protocol {
                 TCP | UDP => say((3, 3), (1, 4)),
                 ICMP | ICMPV6 => None,

@@ -26,7 +26,7 @@ use crate::intact::is_intact;
 use crate::meta::{Kind, Meta};
 use crate::nat::{self, Turn};
 use crate::parse::{ICMP, ICMPV6, IGMP, SCTP, TCP, byte_at};
-use crate::snapshot::{SenderCheck, Snapshot};
+use crate::snapshot::Snapshot;
 use crate::table::flow::NO_WINDOW;
 use crate::table::policy::{Class, Judgement, PolicySet, RuleId, Subject};
 use crate::translate::{Translation, address};
@@ -125,8 +125,8 @@ pub(crate) fn admit(passage: &Passage<'_>) -> Result<Admitted, Refused> {
     if is_of_link(meta) {
         return Ok(PASSED);
     }
-    // Nobody is protected from himself.
-    let is_own = passage.to == Some(meta.ingress);
+    // Nobody is protected from himself; the host speaks for many.
+    let is_own = passage.to == Some(meta.ingress) && snapshot.is_pod(meta.ingress);
     let from = End { subject: sender.filter(|_| !is_own), address: source };
     let to = End { subject: receiver.filter(|_| !is_own), address: destination };
     let is_policed = from.is_policed() || to.is_policed();
@@ -187,12 +187,19 @@ fn follow(walk: &Walk<'_>) -> Result<Admitted, Refused> {
             Ok(found) => found,
             Err(shard) => return walk.begin(shard, &sought, false),
         };
-        let entry = shard.get(at);
-        let is_over = entry.is_expired(now_ns, &connections.config().timeouts)
-            || walk.segment.is_some_and(|segment| tcp::is_reuse(entry.state, &segment))
-            || (entry.state == State::Shutdown && walk.chunk == Some(SCTP_INIT));
+        let is_over = shard.get(at).is_over(
+            now_ns,
+            &connections.config().timeouts,
+            begins_anew(meta, walk.passage.packet.head().data()),
+        );
         match (is_over, is_after, side) {
-            (true, ..) => connections.remove(&mut shard, at),
+            (true, ..) => {
+                // Flow entries hold on if the new one leaves as this one did.
+                if shard.leaves_as(at, side) != walk.wanted() {
+                    connections.end_epoch();
+                }
+                connections.remove_silent(&mut shard, at);
+            }
             (false, false, _) => return walk.go_on(&mut shard, at, side),
             // It looks as another's packets do when they have been translated, and must not be taken for one of them.
             (false, true, 0) => {
@@ -232,6 +239,11 @@ impl<'a> Walk<'a> {
         Ok(Walk { passage, tuple, segment, chunk, from, to, is_policed })
     }
 
+    /// What it is to leave as, if not as it came.
+    fn wanted(&self) -> Option<Translation> {
+        self.passage.turn.and_then(|turn| turn.leaves_as)
+    }
+
     /// What policies say if this packet is of who began (0) or of who answers (1).
     fn ask(&self, side: usize) -> Answer {
         let Passage { snapshot, .. } = *self.passage;
@@ -253,9 +265,9 @@ impl<'a> Walk<'a> {
 
     /// One packet more of a connection that is known.
     fn go_on(&self, shard: &mut Shard, at: u32, side: usize) -> Result<Admitted, Refused> {
-        let Passage { snapshot, connections, last_seq, now_ns, turn, .. } = *self.passage;
+        let Passage { snapshot, connections, last_seq, now_ns, .. } = *self.passage;
         let leaves_as = shard.leaves_as(at, side);
-        if leaves_as != turn.and_then(|turn| turn.leaves_as) {
+        if leaves_as != self.wanted() {
             // Begun or ended by another worker since the packet was routed.
             return Err(DropReason::NoConnection.into());
         }
@@ -311,7 +323,7 @@ impl<'a> Walk<'a> {
         if turn.is_some_and(|turn| turn.is_answer) {
             return Err(DropReason::NoConnection.into());
         }
-        let leaves_as = turn.and_then(|turn| turn.leaves_as).or(is_taken.then(|| self.tuple.ends()));
+        let leaves_as = self.wanted().or(is_taken.then(|| self.tuple.ends()));
         if self.is_policed && !is_intact(self.passage.packet, self.passage.umem, meta) {
             return Err(DropReason::BadChecksum.into());
         }
@@ -351,8 +363,15 @@ impl<'a> Walk<'a> {
                 // No two shards are locked at once.
                 drop(shard);
                 let leaves_as = nat::leave(connections, sought, wanted, now_ns)?;
-                // Another worker may have begun it meanwhile; who sent this will send it again.
-                shard = connections.find_by_key(sought).err().ok_or(DropReason::NoConnection)?;
+                match connections.find_by_key(sought) {
+                    Err(own) => shard = own,
+                    // Another worker has begun it meanwhile; who sent this will send it again.
+                    Ok(found) => {
+                        drop(found);
+                        connections.release(sought.tuple.translated(&leaves_as).reverse(), sought);
+                        return Err(DropReason::NoConnection.into());
+                    }
+                }
                 Some(leaves_as)
             }
         };
@@ -364,9 +383,14 @@ impl<'a> Walk<'a> {
         entry.is_picked_up = !begins;
         let window_bits = self.window_bits(&entry, began);
         // The host speaks for many.
-        let is_limited = snapshot.access(meta.ingress).is_some_and(|access| access.check != SenderCheck::Elsewhere);
+        let is_limited = snapshot.is_pod(meta.ingress);
         let is_known = connections.insert(&mut shard, sought.hash, entry, leaves_as, is_limited);
-        if !is_known && (self.is_policed || leaves_as.is_some()) {
+        drop(shard);
+        if !is_known && let Some(leaves_as) = leaves_as {
+            connections.release(sought.tuple.translated(&leaves_as).reverse(), sought);
+            return Err(DropReason::ConnectionsFull.into());
+        }
+        if !is_known && self.is_policed {
             return Err(DropReason::ConnectionsFull.into());
         }
         Ok(Admitted { window_bits, allowed_by: entry.rules(), log, is_lasting: true, leaves_as })
@@ -376,7 +400,7 @@ impl<'a> Walk<'a> {
     fn begins(&self) -> bool {
         match (self.tuple.is_echo, &self.segment, self.tuple.protocol) {
             (Some(asks), ..) => asks,
-            (_, Some(segment), _) => segment.flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN,
+            (_, Some(segment), _) => segment.begins(),
             (.., TCP) => false,
             (.., SCTP) => self.chunk == Some(SCTP_INIT),
             _ => true,
@@ -507,6 +531,15 @@ impl Judgement {
             return Ok(self.log);
         }
         Err(Refused { reason: DropReason::PolicyDenied, rule: Some(self.rule), is_lasting: is_lasting() })
+    }
+}
+
+/// True for what begins a connection, even where there was one that is over: a SYN, or SCTP's INIT.
+pub(crate) fn begins_anew(meta: &Meta, head: &[u8]) -> bool {
+    match meta.protocol {
+        TCP if meta.is_syn => tcp::Segment::parse(meta, head).is_ok_and(|segment| segment.begins()),
+        SCTP if meta.has_l4() => sctp_chunk(meta, head) == Some(SCTP_INIT),
+        _ => false,
     }
 }
 

@@ -48,8 +48,8 @@ pub struct Meta {
     pub seq: u32,
     /// State of the layer 4 checksum.
     pub checksum: Checksum,
-    /// True if the key's destination is where the packet goes, and not what it says.
-    pub is_turned: bool,
+    /// True if it may go back to where it came from, for it leaves with another source.
+    pub may_return: bool,
 }
 
 /// Which part of a datagram a packet is (RFC 791 section 3.1, RFC 8200 section 4.5).
@@ -243,7 +243,8 @@ impl Meta {
         if self.protocol != ICMP && self.protocol != ICMPV6 {
             key.0[3] = L4Key { source: key.fields().ports.source, destination: to.ports.1 }.word();
         }
-        Meta { key, is_turned: true, ..*self }
+        let may_return = to.source != [key.0[4], key.0[5]];
+        Meta { key, may_return, ..*self }
     }
 
     /// True if the layer 4 header is in this packet.

@@ -23,18 +23,23 @@ use vswitch_xsk::{Packet, Umem};
 use crate::connection::{Connections, Found, Sought, Tuple, quoted};
 use crate::icmp;
 use crate::intact::is_intact;
+use crate::judge::begins_anew;
 use crate::meta::{Kind, Meta};
 use crate::parse::{SCTP, TCP, UDP};
-use crate::snapshot::{SenderCheck, Snapshot};
+use crate::snapshot::Snapshot;
+use crate::table::route::NextHop;
 use crate::table::service::Front;
 use crate::translate::{Translation, address, translate_error, words};
 use crate::verdict::DropReason;
 
 /// Ports that are tried for a connection whose own is taken.
-const TRIES: u16 = 128;
+const TRIES: u16 = 64;
 
 /// The first port that a connection is given; those below are of services.
 const FIRST_PORT: u16 = 1024;
+
+/// The first port that Linux gives to who asks (`ip_local_port_range`); those below are of who serves.
+const EPHEMERAL: u16 = 32_768;
 
 /// A packet that leaves with other addresses or ports.
 #[derive(Clone, Copy, Debug)]
@@ -102,8 +107,7 @@ impl<'a> Turning<'a> {
     /// Why it goes nowhere.
     pub(crate) fn turn(&self, packet: &mut Packet, umem: &Umem) -> Result<Option<Turn>, DropReason> {
         let Turning { meta, snapshot, connections, .. } = *self;
-        let are_translated = connections.are_translated();
-        if !are_translated && snapshot.services.is_empty() && snapshot.egress.is_empty() {
+        if !connections.are_translated() && snapshot.services.is_empty() && snapshot.egress.is_empty() {
             return Ok(None);
         }
         if !matches!(meta.kind, Kind::V4 | Kind::V6) {
@@ -114,7 +118,8 @@ impl<'a> Turning<'a> {
         }
         let is_whole = meta.has_ports || meta.fragment.is_none();
         let Some(tuple) = Tuple::of(meta).filter(|_| is_whole) else { return self.untranslatable() };
-        if are_translated && let Some(found) = self.find(tuple) {
+        let begins = begins_anew(meta, packet.head().data());
+        if let Some(found) = self.find(tuple, begins) {
             let Found { shard, at, side, is_after } = &found;
             match (side, is_after) {
                 // Nobody answers with a service's own address, nor to a pod whose address does not show.
@@ -124,49 +129,79 @@ impl<'a> Turning<'a> {
                 (&side, false) => return Ok(shard.leaves_as(*at, side).map(|to| Turn::new(meta, to, side == 1))),
             }
         }
-        self.begin(&tuple)
+        self.begin(&tuple, begins)
     }
 
-    fn find(&self, tuple: Tuple) -> Option<Found<'a>> {
+    fn find(&self, tuple: Tuple, begins: bool) -> Option<Found<'a>> {
         let found = self.connections.find(&self.connections.seek(tuple, self.meta.network)).ok()?;
-        let is_over = found.shard.get(found.at).is_expired(self.now_ns, &self.connections.config().timeouts);
-        (!is_over).then_some(found)
+        let timeouts = &self.connections.config().timeouts;
+        (!found.shard.get(found.at).is_over(self.now_ns, timeouts, begins)).then_some(found)
     }
 
     /// What begins a connection, or may: a service's backend, and the address to leave with.
-    fn begin(&self, tuple: &Tuple) -> Result<Option<Turn>, DropReason> {
+    fn begin(&self, tuple: &Tuple, begins: bool) -> Result<Option<Turn>, DropReason> {
         let Turning { meta, snapshot, .. } = *self;
         let Some((source, destination)) = meta.addresses() else { return Ok(None) };
         let mut to = tuple.ends();
-        if matches!(tuple.protocol, TCP | UDP | SCTP) {
-            let front =
-                Front { network: meta.network, address: destination, port: tuple.ports.1, protocol: tuple.protocol };
+        if tuple.protocol == TCP && !begins && self.now_ns < self.connections.config().clients_first_until_ns {
+            let backend = Front { network: meta.network, address: source, port: tuple.ports.0, protocol: TCP };
+            if snapshot.services.may_answer(&backend, destination, tuple.ports.1) {
+                return Err(DropReason::NoConnection);
+            }
+        }
+        if matches!(tuple.protocol, TCP | UDP | SCTP) && self.is_own(source) {
+            let Meta { network, protocol, .. } = *meta;
+            let front = Front { network, address: destination, port: tuple.ports.1, protocol };
             if let Some(backends) = snapshot.services.lookup(&front) {
                 let (address, port) = backends.choose(source, tuple.ports.0).ok_or(DropReason::NoBackend)?;
+                if protocol == UDP && port == snapshot.underlay.udp_port {
+                    return Err(DropReason::NestedVxlan);
+                }
                 (to.destination, to.ports.1) = (words(address), port);
-                if to.destination == to.source {
-                    // Its own backend would answer to itself; so it answers to the service.
+                let is_behind = matches!(snapshot.routes.lookup(network, address), Some(NextHop::Port { port, .. }) if port == meta.ingress);
+                if is_behind {
+                    // A backend would answer to itself; so it answers to the service.
                     to.source = tuple.destination;
                 }
+            } else if snapshot.services.has_address(network, destination) {
+                return Err(DropReason::NoService);
             }
         }
         if let Some(own) = self.egress_address(source, address(to.destination, tuple.is_v6)) {
+            if matches!(tuple.protocol, TCP | SCTP) && !begins && tuple.ports.0 < EPHEMERAL {
+                // It was under way, and by its port the pod serves: who asked has its own address, and will speak again.
+                return Err(DropReason::NoConnection);
+            }
             to.source = words(own);
         }
         Ok((to != tuple.ends()).then(|| Turn::new(meta, to, false)))
+    }
+
+    /// True for what comes from a pod here or from this node itself: each node translates for its own.
+    fn is_own(&self, source: IpAddr) -> bool {
+        let Turning { meta, snapshot, .. } = *self;
+        let is_host = || snapshot.classes.lookup(meta.network, source).is_host();
+        meta.peer.is_none() && (snapshot.is_pod(meta.ingress) || (snapshot.access(meta.ingress).is_some() && is_host()))
     }
 
     /// What a pod leaves with by an egress rule.
     fn egress_address(&self, source: IpAddr, destination: IpAddr) -> Option<IpAddr> {
         let Turning { meta, snapshot, .. } = *self;
         let rules = snapshot.egress.get(&meta.network)?;
-        let is_pods = meta.peer.is_none()
-            && snapshot.access(meta.ingress).is_some_and(|access| access.check != SenderCheck::Elsewhere);
         let stays = match destination {
             IpAddr::V4(v4) => v4.is_link_local() || v4.is_multicast() || v4.is_broadcast(),
             IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.is_multicast(),
         };
-        if is_pods && !stays { rules.lookup(source, destination) } else { None }
+        if stays || meta.peer.is_some() || !snapshot.is_pod(meta.ingress) {
+            return None;
+        }
+        // Beyond the network is what leaves by way of the host, and is not the host.
+        let is_beyond = || {
+            let next_hop = snapshot.routes.lookup(meta.network, destination);
+            let is_out = matches!(next_hop, Some(NextHop::Port { port, .. }) if !snapshot.is_pod(port));
+            is_out && !snapshot.classes.lookup(meta.network, destination).is_host()
+        };
+        rules.lookup(source, destination, is_beyond)
     }
 
     /// What is of no connection leaves as it is, and not at all where a rule hides who sent it.
@@ -180,7 +215,7 @@ impl<'a> Turning<'a> {
     fn error(&self, packet: &mut Packet, umem: &Umem) -> Result<Option<Turn>, DropReason> {
         let meta = self.meta;
         let quote = quoted(meta, packet.head().data());
-        let found = quote.ok().and_then(|quote| Some((quote, self.find(quote.tuple)?)));
+        let found = quote.ok().and_then(|quote| Some((quote, self.find(quote.tuple, false)?)));
         let Some((quote, found)) = found else { return self.untranslatable() };
         let Found { shard, at, side, is_after } = &found;
         if !is_after {

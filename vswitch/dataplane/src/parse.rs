@@ -264,7 +264,7 @@ fn parse_frame(packet: &Packet, origin: Origin, snapshot: &Snapshot, seed: u64) 
         has_ports: layer3.has_l4,
         seq,
         checksum,
-        is_turned: false,
+        may_return: false,
     })
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId, Vni};
 
 use crate::bucket::Bucket;
-use crate::table::egress::EgressRules;
+use crate::table::egress::EgressByNetwork;
 use crate::table::fdb::Fdb;
 use crate::table::group::Groups;
 use crate::table::neighbor::Neighbors;
@@ -47,7 +47,7 @@ pub struct Snapshot {
     /// Addresses that nobody has, and who answers for them.
     pub services: Services,
     /// What pods leave a routed network with, by network.
-    pub egress: HashMap<NetworkIndex, Arc<EgressRules>, foldhash::fast::RandomState>,
+    pub egress: EgressByNetwork,
     /// What policies may ask about addresses.
     pub classes: Classes,
     /// Rules have numbers below this.
@@ -324,6 +324,12 @@ impl Snapshot {
             Some(PortKind::Access(access)) => Some(access),
             _ => None,
         }
+    }
+
+    /// True for a pod's port, and not the host's.
+    #[inline]
+    pub fn is_pod(&self, port: PortId) -> bool {
+        self.access(port).is_some_and(|access| access.check != SenderCheck::Elsewhere)
     }
 
     /// True if packets of the network go to the peer as they are.

@@ -9,9 +9,12 @@ use vswitch_net::checksum;
 use vswitch_xsk::{Packet, Umem};
 
 use crate::connection::{Quote, Tuple};
-use crate::icmp;
 use crate::meta::{Checksum, Kind, Meta};
 use crate::parse::{ICMP, ICMPV6, SCTP, TCP, UDP};
+use crate::verdict::DropReason;
+
+const DCCP: u8 = 33;
+const UDP_LITE: u8 = 136;
 
 /// The addresses and ports that a packet is to have. Addresses are words as in a [`FlowKey`](crate::meta::FlowKey).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -100,32 +103,41 @@ struct Changes {
 }
 
 /// Writes addresses and ports into a packet. A later fragment has no ports.
-pub(crate) fn translate(packet: &mut Packet, meta: &Meta, to: &Translation, umem: &Umem) {
+///
+/// # Errors
+///
+/// [`DropReason::BadChecksum`] or [`DropReason::Untranslatable`] for SCTP whose CRC is wrong, or not in one piece, and would have
+/// to be computed anew.
+pub(crate) fn translate(packet: &mut Packet, meta: &Meta, to: &Translation, umem: &Umem) -> Result<(), DropReason> {
     let (l3, l4) = (usize::from(meta.l3), usize::from(meta.l4));
+    let has_crc = meta.protocol == SCTP && meta.has_l4() && has_other_ports(packet, l4, to);
+    if has_crc && meta.fragment.is_some() {
+        return Err(DropReason::Untranslatable);
+    }
+    if has_crc && crc(packet, meta, umem) != packet.head().data()[l4 + 8..l4 + 12] {
+        return Err(DropReason::BadChecksum);
+    }
     let head = packet.head_mut().data_mut();
     let mut changes =
         Changes { addresses: write_addresses(&mut head[l3..], meta.kind == Kind::V6, to), ..Changes::default() };
     if !meta.has_l4() {
-        return;
+        return Ok(());
     }
-    let is_error = icmp::is_error(meta);
     let layer4 = &mut head[l4..];
-    if !is_error {
-        changes.ports = write_ports(layer4, meta.protocol, to);
-    }
+    changes.ports = write_ports(layer4, meta.protocol, to);
     match meta.checksum {
         Checksum::Partial { offset } => {
             let field = usize::from(offset);
             let sum = u16::from_be_bytes([layer4[field], layer4[field + 1]]);
             layer4[field..field + 2].copy_from_slice(&changes.addresses.of_sum(sum).to_be_bytes());
         }
-        Checksum::Complete => {
-            fit_checksum(layer4, meta.protocol, changes);
-            if meta.protocol == SCTP && changes.ports.0 != 0 && meta.fragment.is_none() {
-                fit_crc(packet, meta, umem);
-            }
-        }
+        Checksum::Complete => fit_checksum(layer4, meta.protocol, changes),
     }
+    if has_crc {
+        let crc = crc(packet, meta, umem);
+        packet.head_mut().data_mut()[l4 + 8..l4 + 12].copy_from_slice(&crc);
+    }
+    Ok(())
 }
 
 /// Writes what its receiver has sent over the packet that an ICMP error quotes, and over the error's own addresses.
@@ -192,7 +204,8 @@ fn write_ports(layer4: &mut [u8], protocol: u8, to: &Translation) -> Change {
 fn fit_checksum(layer4: &mut [u8], protocol: u8, changes: Changes) {
     let (field, covered) = match protocol {
         TCP => (16, changes.addresses.and(changes.ports)),
-        UDP => (6, changes.addresses.and(changes.ports)),
+        // UDP-Lite (RFC 3828) and DCCP (RFC 4340) have theirs where UDP has it.
+        UDP | UDP_LITE | DCCP => (6, changes.addresses.and(changes.ports)),
         ICMP => (2, changes.ports),
         ICMPV6 => (2, changes.addresses.and(changes.ports)),
         _ => return,
@@ -208,17 +221,24 @@ fn fit_checksum(layer4: &mut [u8], protocol: u8, changes: Changes) {
     layer4[field..field + 2].copy_from_slice(&new.to_be_bytes());
 }
 
+/// True if the ports of an SCTP packet change.
+fn has_other_ports(packet: &Packet, l4: usize, to: &Translation) -> bool {
+    let ports = &packet.head().data()[l4..l4 + 4];
+    ports[..2] != to.ports.0.to_be_bytes() || ports[2..] != to.ports.1.to_be_bytes()
+}
+
 /// The CRC of an SCTP packet (RFC 9260 appendix A), over all its frames with the field as zero.
-fn fit_crc(packet: &mut Packet, meta: &Meta, umem: &Umem) {
+fn crc(packet: &Packet, meta: &Meta, umem: &Umem) -> [u8; 4] {
     let (l4, end) = (usize::from(meta.l4), usize::from(meta.l3) + meta.l3_len as usize);
-    let head = packet.head_mut().data_mut();
-    head[l4 + 8..l4 + 12].fill(0);
-    let mut crc = crc32c::crc32c(&head[l4..end.min(head.len())]);
+    let head = packet.head().data();
+    let mut crc = crc32c::crc32c(&head[l4..l4 + 8]);
+    crc = crc32c::crc32c_append(crc, &[0; 4]);
+    crc = crc32c::crc32c_append(crc, &head[l4 + 12..end.min(head.len())]);
     let mut rest = end.saturating_sub(head.len());
     for piece in umem.tail(packet) {
         let piece = &piece[..piece.len().min(rest)];
         crc = crc32c::crc32c_append(crc, piece);
         rest -= piece.len();
     }
-    packet.head_mut().data_mut()[l4 + 8..l4 + 12].copy_from_slice(&crc.to_le_bytes());
+    crc.to_le_bytes()
 }

@@ -181,10 +181,12 @@ drop_reasons! {
     UnrelatedError, "unrelated-error", "an ICMP error that quotes no connection";
     /// A service without backends.
     NoBackend, "no-backend", "the service has no backend: see `switchctl service list`";
+    /// A service's address, at a port that no service has.
+    NoService, "no-service", "a service's address, and none of its services has that port and protocol: see `switchctl service list`";
     /// All ports that a translated connection could leave with are taken.
     NoNatPort, "no-nat-port", "every port tried is taken at the address that the connection would leave with: give the egress rule more addresses";
-    /// It belongs to no connection, and an egress rule hides its sender.
-    Untranslatable, "untranslatable", "of no connection that could leave with the egress rule's address: neither TCP, UDP, SCTP nor echo, an error about nothing known, or a fragment without its first";
+    /// It cannot leave with other addresses or ports, and must.
+    Untranslatable, "untranslatable", "cannot be translated: of no connection that an egress rule could hide (other ICMP, an error about nothing known, a fragment without its first), or SCTP in fragments";
     /// The connection table is full.
     ConnectionsFull, "connections-full", "the connection table is full of answered connections: raise `connections.limit`";
     /// For the gateway's own address, which offers nothing but ARP and neighbor discovery.

@@ -399,13 +399,15 @@ impl<P: PortIo> Worker<P> {
                 Err(reason) => out.drop(packet, ingress, reason),
             }
         }
+        let epoch = connections.epoch();
         for slot in slots.iter_mut() {
             slot.found = flows.find(slot.meta.hash);
         }
         for (at, slot) in slots.iter_mut().enumerate() {
             let meta = &slot.meta;
             let bytes = slot.packet.as_ref().map_or(0, Packet::len);
-            let probe = Probe { key: &meta.key, generation: snapshot.generation, now_ns, bytes, seq: meta.seq };
+            let generation = snapshot.generation;
+            let probe = Probe { key: &meta.key, generation, now_ns, bytes, seq: meta.seq, epoch };
             slot.action = slot.found.and_then(|at| flows.hit(at, &probe));
             if let Some(action) = slot.action {
                 out.counters.flow_hits += 1;

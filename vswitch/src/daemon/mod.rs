@@ -121,7 +121,9 @@ fn configure(config: &Config, control: &mut Control, links: &mut Links) -> anyho
             Request::NetworkAdd(spec) => format!("[[network]] \"{}\"", spec.name),
             Request::PeerAdd(spec) => format!("[[peer]] \"{}\"", spec.name),
             Request::RouteAdd(spec) => format!("[[route]] {}", spec.prefix),
-            other => format!("{other:?}"),
+            Request::ServiceSet { .. } => "[[service]]".to_owned(),
+            Request::EgressSet(spec) => format!("[[egress]] \"{}\"", spec.name),
+            other => other.to_string(),
         };
         control.configure(request, links).map_err(|error| anyhow!("configuration, {what}: {error}"))?;
     }
@@ -240,7 +242,7 @@ impl Daemon {
     }
 
     /// Tells the host's kernel what control wants of it, and looks whether the host lets packets pass.
-    async fn carry_out(&self) {
+    pub(crate) async fn carry_out(&self) {
         let mut host = self.host.lock().await;
         let Some(host) = host.as_mut() else { return };
         let plan = self.control.borrow().host_plan(&self.config.host.link);

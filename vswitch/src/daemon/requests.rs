@@ -47,6 +47,7 @@ impl Daemon {
             // Whoever is told that it is done may rely on it, for the very next packet and after a restart.
             let live = self.links.borrow().sync().map_err(|error| ApiError::new(ErrorCode::System, error));
             answer = answer.and_then(|done| live.and(self.note()).map(|()| done));
+            self.control.borrow_mut().settle_connections(&mut *self.links.borrow_mut());
         }
         if is_change && !is_policy {
             self.save();
@@ -65,6 +66,14 @@ impl Daemon {
             let message = format!("in force, but a restart will not know it: {error}; make room in daemon.runtime_dir");
             ApiError::new(ErrorCode::System, message)
         })
+    }
+
+    /// Gives up addresses that were translated and no connection uses any more.
+    pub(crate) async fn drain(&self) {
+        let is_news = self.control.borrow_mut().drain(self.now_ns(), &mut *self.links.borrow_mut());
+        if is_news {
+            self.carry_out().await;
+        }
     }
 
     pub(super) fn write_journal(&self) -> std::io::Result<()> {

@@ -65,11 +65,13 @@ impl Control {
         let purpose = purpose(&spec.port, from.address.is_ipv6())?;
         let asked = SocketAddr::new(to.address, purpose.port);
         if let Some(service) = self.service_at(network, asked, purpose.protocol) {
-            let backends: Vec<String> = service.backends.iter().map(SocketAddr::to_string).collect();
+            let protocol = protocol_name(purpose.protocol);
+            let asking = |end: &SocketAddr| format!("--to {} --port {protocol}/{}", end.ip(), end.port());
+            let backends: Vec<String> = service.backends.iter().map(asking).collect();
             return Err(invalid(format!(
-                "to: {asked} is service \"{}\", and policies speak of who answers for it: ask about one of {}",
+                "to: {asked} is service \"{}\", and policies speak of who answers for it: ask with {}",
                 service.name,
-                if backends.is_empty() { "its backends, when it has any".to_owned() } else { backends.join(", ") }
+                if backends.is_empty() { "a backend, when it has any".to_owned() } else { backends.join(", or ") }
             )));
         }
         let ends = vec![

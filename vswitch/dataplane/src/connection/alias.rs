@@ -3,7 +3,7 @@
 //! A connection is found by what its first packet looks like. When its packets leave with other addresses, answers come to
 //! others, and lie in another shard; there an alias leads to the connection. It holds hashes only: whether the connection
 //! is still the one that is meant, and whether the answer is its answer, is seen there. So an alias that outlives its
-//! connection leads to nothing, and no two shards need to be locked at once.
+//! connection leads to nothing, and nobody who holds a shard need wait for another one.
 
 use hashbrown::HashTable;
 
@@ -14,8 +14,8 @@ use super::shard::{half, whole};
 struct Alias {
     /// Half of the hash of the answer's key.
     half: u32,
-    /// Whether the last look found it new: its connection may not be there yet.
-    is_new: bool,
+    /// Whether the last look found no connection.
+    is_lost: bool,
     /// The hash of the connection's key.
     connection: u64,
 }
@@ -37,7 +37,7 @@ impl Aliases {
     }
 
     pub(super) fn insert(&mut self, hash: u64, connection: u64) {
-        let alias = Alias { half: half(hash), is_new: true, connection };
+        let alias = Alias { half: half(hash), is_lost: false, connection };
         self.0.insert_unique(whole(alias.half), alias, |alias| whole(alias.half));
     }
 
@@ -48,11 +48,21 @@ impl Aliases {
         found.map(|entry| entry.remove()).is_ok()
     }
 
-    /// Halves of hashes, and connections, of those that a former look has seen already.
-    pub(super) fn look(&mut self) -> Vec<(u32, u64)> {
-        let old = self.0.iter().filter(|alias| !alias.is_new).map(|alias| (alias.half, alias.connection)).collect();
-        self.0.iter_mut().for_each(|alias| alias.is_new = false);
-        old
+    /// Halves of hashes, and connections, of all.
+    pub(super) fn all(&self) -> Vec<(u32, u64)> {
+        self.0.iter().map(|alias| (alias.half, alias.connection)).collect()
+    }
+
+    /// Takes note of whether an alias leads somewhere. One that has not for two looks goes; true then.
+    pub(super) fn look(&mut self, half: u32, connection: u64, is_alive: bool) -> bool {
+        let is_it = |alias: &Alias| alias.half == half && alias.connection == connection;
+        let Ok(mut found) = self.0.find_entry(whole(half), is_it) else { return false };
+        let was_lost = std::mem::replace(&mut found.get_mut().is_lost, !is_alive);
+        let goes = was_lost && !is_alive;
+        if goes {
+            found.remove();
+        }
+        goes
     }
 
     pub(super) fn len(&self) -> usize {

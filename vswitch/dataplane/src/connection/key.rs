@@ -207,7 +207,11 @@ fn quote(meta: &Meta, head: &[u8]) -> Result<Quote, DropReason> {
             return Err(DropReason::Truncated);
         }
         let words = |at: usize| u32_at(ip, at).map(|v4| [u64::from(v4), 0]);
-        (byte_at(ip, 9)?, usize::from(byte_at(ip, 0)? & 0xf) * 4, words(12)?, words(16)?)
+        let header = usize::from(byte_at(ip, 0)? & 0xf) * 4;
+        if header < 20 {
+            return Err(DropReason::Malformed);
+        }
+        (byte_at(ip, 9)?, header, words(12)?, words(16)?)
     };
     let (ports, is_echo) = match protocol {
         TCP | UDP | SCTP => ((u16_at(ip, l4)?, u16_at(ip, l4 + 2)?), None),

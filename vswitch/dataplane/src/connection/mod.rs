@@ -61,6 +61,9 @@ pub struct ConnectionConfig {
     pub timeouts: Timeouts,
     /// Whether TCP connections that were not seen from their beginning are taken up, if policy allows them.
     pub pick_up: PickUp,
+    /// Until this time, after a start, what may be a service's answer waits for its client to speak first: only that tells
+    /// whom it was asked as.
+    pub clients_first_until_ns: u64,
     /// Whether a connection goes on that a later policy would not have let begin.
     pub keeps_established: bool,
     /// Seed of the hash; a secret of the process.
@@ -88,6 +91,8 @@ pub struct Connections {
     /// Those that are translated, and their aliases; more of these are some whose connections are gone.
     translated: AtomicUsize,
     aliases: AtomicUsize,
+    /// Changes when what answers to a translated connection look like may become another's: flow entries made before are void.
+    epoch: AtomicU32,
     evicted: AtomicU64,
     expired: AtomicU64,
     config: ConnectionConfig,
@@ -136,6 +141,7 @@ impl Default for ConnectionConfig {
             port_limit: 1 << 18,
             timeouts: Timeouts::default(),
             pick_up: PickUp::Never,
+            clients_first_until_ns: 0,
             keeps_established: false,
             seed: 0,
         }
@@ -161,6 +167,7 @@ impl Connections {
             by_port: (0..=u16::MAX).map(|_| AtomicU32::new(0)).collect(),
             translated: AtomicUsize::new(0),
             aliases: AtomicUsize::new(0),
+            epoch: AtomicU32::new(0),
             evicted: AtomicU64::new(0),
             expired: AtomicU64::new(0),
             config,
@@ -180,6 +187,16 @@ impl Connections {
     /// True if any connection is translated.
     pub(crate) fn are_translated(&self) -> bool {
         self.translated.load(Ordering::Relaxed) > 0
+    }
+
+    /// Flow entries of translated connections hold as long as this does not change.
+    pub(crate) fn epoch(&self) -> u32 {
+        self.epoch.load(Ordering::Relaxed)
+    }
+
+    /// Makes flow entries of translated connections void.
+    pub(crate) fn end_epoch(&self) {
+        self.epoch.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Where a packet is to be looked for.
@@ -248,6 +265,13 @@ impl Connections {
         true
     }
 
+    /// Takes back what [`reserve`](Self::reserve) gave, for a connection that has not begun after all.
+    pub(crate) fn release(&self, answer: Tuple, connection: &Sought) {
+        let answer = self.seek(answer, connection.key.network);
+        let is_removed = self.shard(answer.hash).aliases.remove(answer.hash, connection.hash);
+        self.aliases.fetch_sub(usize::from(is_removed), Ordering::Relaxed);
+    }
+
     /// Puts a new connection into its shard, which `shard` is. False if the table is full of connections that have been
     /// answered, or the pod that begins it has more than its share.
     pub(crate) fn insert(
@@ -273,8 +297,16 @@ impl Connections {
         true
     }
 
-    /// Takes a connection out of its shard.
+    /// Takes a connection out of its shard. What its answers look like may be another's at once.
     pub(crate) fn remove(&self, shard: &mut Shard, at: u32) {
+        if shard.get(at).is_translated {
+            self.end_epoch();
+        }
+        self.remove_silent(shard, at);
+    }
+
+    /// Takes a connection out of its shard that has been silent for longer than a flow entry lives, or that begins anew.
+    pub(crate) fn remove_silent(&self, shard: &mut Shard, at: u32) {
         let entry = shard.get(at);
         self.by_port[entry.places[0].index()].fetch_sub(1, Ordering::Relaxed);
         if let Some(answer) = shard.answer(at) {
@@ -319,18 +351,18 @@ impl Connections {
         let silent = shard.expired(now_ns, &self.config.timeouts);
         self.expired.fetch_add(silent.len() as u64, Ordering::Relaxed);
         for at in silent {
-            self.remove(&mut shard, at);
+            self.remove_silent(&mut shard, at);
         }
         if self.aliases.load(Ordering::Relaxed) == self.translated.load(Ordering::Relaxed) {
             return;
         }
-        let aliases = shard.aliases.look();
+        let aliases = shard.aliases.all();
         drop(shard);
         for (half, connection) in aliases {
             let is_alive = self.shard(connection).is_answered_by(connection, half, self.config.seed);
-            if !is_alive && lock(own).aliases.remove(u64::from(half), connection) {
-                self.aliases.fetch_sub(1, Ordering::Relaxed);
-            }
+            // Its connection may be about to begin: the next look tells.
+            let is_removed = lock(own).aliases.look(half, connection, is_alive);
+            self.aliases.fetch_sub(usize::from(is_removed), Ordering::Relaxed);
         }
     }
 

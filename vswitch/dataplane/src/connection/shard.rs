@@ -131,6 +131,12 @@ impl Entry {
         now_ns.saturating_sub(self.used_ns) >= self.timeout_ns(timeouts)
     }
 
+    /// True if it is over for a packet: silent for its time, or closed and the packet `begins` a new one.
+    pub(crate) fn is_over(&self, now_ns: u64, timeouts: &Timeouts, begins: bool) -> bool {
+        let is_closed = matches!(self.state, State::TimeWait | State::Closed | State::Shutdown);
+        self.is_expired(now_ns, timeouts) || (begins && is_closed)
+    }
+
     /// How long it is remembered in silence. What only one side speaks of is not open, whatever that side says.
     pub fn timeout_ns(&self, timeouts: &Timeouts) -> u64 {
         match self.state {

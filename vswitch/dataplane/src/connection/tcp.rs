@@ -78,6 +78,11 @@ impl Segment {
         self.flags & flags == flags
     }
 
+    /// True for what begins a connection.
+    pub(crate) fn begins(&self) -> bool {
+        self.flags & (SYN | ACK | RST) == SYN
+    }
+
     /// The number after its last byte; SYN and FIN count as one each.
     fn end(&self) -> u32 {
         let marks = u32::from(self.has(SYN)) + u32::from(self.has(FIN));
@@ -118,11 +123,6 @@ pub(crate) fn begin(segment: &Segment) -> (State, [End; 2]) {
         (end.shift, end.has_scale) = (UNKNOWN_SHIFT, true);
     }
     (if segment.has(FIN) { State::FinWait } else { State::Established }, ends)
-}
-
-/// Whether a segment begins a new connection where there was one that is over.
-pub(crate) fn is_reuse(state: State, segment: &Segment) -> bool {
-    segment.has(SYN) && !segment.has(ACK) && matches!(state, State::TimeWait | State::Closed)
 }
 
 /// Whether a segment would begin a connection, were there none: such a one is judged as a beginning, whatever is known,

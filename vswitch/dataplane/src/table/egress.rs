@@ -1,6 +1,10 @@
 //! Addresses that pods leave a network with, by who they are and where they go.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::Arc;
+
+use vswitch_net::NetworkIndex;
 
 use super::prefix::Prefixes;
 
@@ -12,13 +16,14 @@ pub type Prefix = (IpAddr, u8);
 pub struct EgressRule {
     /// Whom it is for.
     pub sources: Vec<Prefix>,
-    /// Where to. Empty for everywhere.
+    /// Where to. Empty for everywhere beyond the network.
     pub destinations: Vec<Prefix>,
-    /// Where not to.
-    pub except: Vec<Prefix>,
     /// What they leave with; of both families, or of one that it then is for.
     pub addresses: Vec<IpAddr>,
 }
+
+/// The rules of all networks that have some.
+pub type EgressByNetwork = HashMap<NetworkIndex, Arc<EgressRules>, foldhash::fast::RandomState>;
 
 /// The rules of a network.
 #[derive(Clone, Debug, Default)]
@@ -32,8 +37,8 @@ pub struct EgressRules {
 
 #[derive(Clone, Debug)]
 struct Compiled {
-    /// 1 for where it is for.
-    destinations: Prefixes,
+    /// 1 for where it is for; none for what goes beyond the network.
+    destinations: Option<Prefixes>,
     addresses: Vec<IpAddr>,
 }
 
@@ -59,26 +64,26 @@ impl EgressRules {
         EgressRules { sources: Prefixes::new(zones), lists, rules: rules.iter().map(Compiled::new).collect() }
     }
 
-    /// What a packet leaves with, if not with its own address.
-    pub fn lookup(&self, source: IpAddr, destination: IpAddr) -> Option<IpAddr> {
+    /// What a packet leaves with, if not with its own address. `is_beyond` says whether it leaves the network.
+    pub fn lookup(&self, source: IpAddr, destination: IpAddr, is_beyond: impl Fn() -> bool) -> Option<IpAddr> {
         let list = self.lists.get(self.sources.lookup(source) as usize)?;
-        list.iter().find_map(|&at| self.rules[at as usize].address(source, destination))
+        list.iter().find_map(|&at| self.rules[at as usize].address(source, destination, &is_beyond))
     }
 }
 
 impl Compiled {
     fn new(rule: &EgressRule) -> Compiled {
-        let everywhere = [(IpAddr::from([0; 4]), 0), (IpAddr::from([0; 16]), 0)];
-        let to = if rule.destinations.is_empty() { &everywhere[..] } else { &rule.destinations };
-        // What is excepted is so, whatever is longer.
-        let except = rule.except.iter().map(|&(address, length)| (address, length, 0));
-        let inside = |prefix: &Prefix| !rule.except.iter().any(|&except| holds(except, *prefix));
-        let to = to.iter().copied().filter(inside).map(|(address, length)| (address, length, 1));
-        Compiled { destinations: Prefixes::new(to.chain(except)), addresses: rule.addresses.clone() }
+        let prefixes = || rule.destinations.iter().map(|&(address, length)| (address, length, 1));
+        let destinations = (!rule.destinations.is_empty()).then(|| Prefixes::new(prefixes()));
+        Compiled { destinations, addresses: rule.addresses.clone() }
     }
 
-    fn address(&self, source: IpAddr, destination: IpAddr) -> Option<IpAddr> {
-        if self.destinations.lookup(destination) == 0 {
+    fn address(&self, source: IpAddr, destination: IpAddr, is_beyond: &impl Fn() -> bool) -> Option<IpAddr> {
+        let is_meant = match &self.destinations {
+            Some(prefixes) => prefixes.lookup(destination) == 1,
+            None => is_beyond(),
+        };
+        if !is_meant {
             return None;
         }
         let of_family = || self.addresses.iter().filter(|address| address.is_ipv4() == source.is_ipv4());
@@ -116,11 +121,10 @@ mod tests {
         texts.iter().filter_map(parse).collect()
     }
 
-    fn rule(sources: &[&str], destinations: &[&str], except: &[&str], addresses: &[&str]) -> EgressRule {
+    fn rule(sources: &[&str], destinations: &[&str], addresses: &[&str]) -> EgressRule {
         EgressRule {
             sources: prefixes(sources),
             destinations: prefixes(destinations),
-            except: prefixes(except),
             addresses: addresses.iter().map(|text| ip(text)).collect(),
         }
     }
@@ -128,26 +132,29 @@ mod tests {
     #[test]
     fn the_longest_source_is_asked_first() {
         let rules = EgressRules::new(&[
-            rule(&["10.0.0.0/8"], &[], &["10.0.0.0/8"], &["192.0.2.1"]),
-            rule(&["10.1.0.0/16"], &["198.51.100.0/24"], &["198.51.100.9/32"], &["192.0.2.2"]),
-            rule(&["10.1.2.3/32", "fd00::/8"], &[], &["10.0.0.0/8", "fd00::/8"], &["192.0.2.3", "2001:db8::3"]),
+            rule(&["10.0.0.0/8"], &[], &["192.0.2.1"]),
+            rule(&["10.1.0.0/16"], &["198.51.100.0/24"], &["192.0.2.2"]),
+            rule(&["10.1.2.3/32", "fd00::/8"], &[], &["192.0.2.3", "2001:db8::3"]),
         ]);
-        let of = |source: &str, destination: &str| rules.lookup(ip(source), ip(destination)).map(|ip| ip.to_string());
+        let of = |source: &str, destination: &str| {
+            let is_beyond = || !destination.starts_with("10.") && !destination.starts_with("fd");
+            rules.lookup(ip(source), ip(destination), is_beyond).map(|ip| ip.to_string())
+        };
         assert_eq!(of("10.2.0.1", "198.51.100.1").as_deref(), Some("192.0.2.1"));
         assert_eq!(of("10.1.0.1", "198.51.100.1").as_deref(), Some("192.0.2.2"));
-        assert_eq!(of("10.1.0.1", "198.51.100.9").as_deref(), Some("192.0.2.1"), "the next rule");
-        assert_eq!(of("10.1.0.1", "203.0.113.1").as_deref(), Some("192.0.2.1"));
+        assert_eq!(of("10.1.0.1", "203.0.113.1").as_deref(), Some("192.0.2.1"), "the next rule");
         assert_eq!(of("10.1.2.3", "198.51.100.1").as_deref(), Some("192.0.2.3"));
         assert_eq!(of("10.1.0.1", "10.9.0.1"), None);
         assert_eq!(of("172.16.0.1", "198.51.100.1"), None);
         assert_eq!(of("fd00::1", "2001:db8::9").as_deref(), Some("2001:db8::3"));
         assert_eq!(of("fd00::1", "fd00::2"), None);
+        assert_eq!(EgressRules::default().lookup(ip("10.0.0.1"), ip("198.51.100.1"), || true), None);
     }
 
     #[test]
     fn pods_spread_over_addresses() {
-        let rules = EgressRules::new(&[rule(&["10.0.0.0/8"], &[], &[], &["192.0.2.1", "192.0.2.2", "2001:db8::1"])]);
-        let of = |last: u8| rules.lookup([10, 0, 0, last].into(), ip("198.51.100.1"));
+        let rules = EgressRules::new(&[rule(&["10.0.0.0/8"], &[], &["192.0.2.1", "192.0.2.2", "2001:db8::1"])]);
+        let of = |last: u8| rules.lookup([10, 0, 0, last].into(), ip("198.51.100.1"), || true);
         assert_eq!((of(1), of(2), of(3)), (Some(ip("192.0.2.2")), Some(ip("192.0.2.1")), Some(ip("192.0.2.2"))));
     }
 }

@@ -76,6 +76,8 @@ pub(crate) struct Probe<'a> {
     pub(crate) bytes: usize,
     /// Its TCP sequence number; 0 if it has none.
     pub(crate) seq: u32,
+    /// The epoch of translated connections.
+    pub(crate) epoch: u32,
 }
 
 /// The table.
@@ -145,6 +147,7 @@ impl FlowTable {
             || (tick(probe.now_ns).wrapping_sub(entry.expires) as i32) >= 0
             || entry.key != *probe.key
             || (distance as i32).unsigned_abs() >> entry.window_bits != 0
+            || (entry.action.is_translated && epoch_of(&self.translations[at]) != probe.epoch)
         {
             return None;
         }
@@ -189,7 +192,7 @@ impl FlowTable {
         translation: Option<&Translation>,
         window_bits: u8,
     ) {
-        let Probe { key, generation, now_ns, bytes, seq } = *probe;
+        let Probe { key, generation, now_ns, bytes, seq, epoch } = *probe;
         let bucket = hash as usize & self.mask;
         let tag = tag(hash);
         let ways = &self.entries[bucket * WAYS..(bucket + 1) * WAYS];
@@ -206,6 +209,7 @@ impl FlowTable {
         let at = bucket * WAYS + way;
         if let Some(translation) = translation {
             self.translations[at] = translation.to_words();
+            self.translations[at][4] |= u64::from(epoch) << 32;
         }
         let entry = &mut self.entries[at];
         if same.is_none() {
@@ -232,6 +236,12 @@ impl FlowTable {
         let recent = all.filter(move |(entry, _)| entry.is_used && entry.used_ns >= since_ns);
         recent.map(|(entry, &words)| (entry, entry.action.is_translated.then(|| Translation::from_words(words))))
     }
+}
+
+/// The epoch that a translation is of; it stands beside the ports.
+#[inline(always)]
+fn epoch_of(words: &[u64; 5]) -> u32 {
+    (words[4] >> 32) as u32
 }
 
 /// About 17 ms.
@@ -262,11 +272,11 @@ mod tests {
 
     fn lookup(table: &mut FlowTable, key: &FlowKey, generation: u64, now_ns: u64) -> Option<Action> {
         let at = table.find(key.hash(SEED))?;
-        table.hit(at, &Probe { key, generation, now_ns, bytes: 64, seq: 0 })
+        table.hit(at, &Probe { key, generation, now_ns, bytes: 64, seq: 0, epoch: 0 })
     }
 
     fn insert(table: &mut FlowTable, key: &FlowKey, generation: u64, now_ns: u64, action: Action) {
-        let probe = Probe { key, generation, now_ns, bytes: 64, seq: 0 };
+        let probe = Probe { key, generation, now_ns, bytes: 64, seq: 0, epoch: 0 };
         table.insert(key.hash(SEED), &probe, action, None, NO_WINDOW);
     }
 
@@ -274,7 +284,7 @@ mod tests {
     fn a_sequence_number_far_away_is_a_miss() {
         let mut table = FlowTable::new(16);
         let key = FlowKey([9; 8]);
-        let probe = |seq: u32| Probe { key: &key, generation: 1, now_ns: 1, bytes: 64, seq };
+        let probe = |seq: u32| Probe { key: &key, generation: 1, now_ns: 1, bytes: 64, seq, epoch: 0 };
         table.insert(key.hash(SEED), &probe(u32::MAX - 10), action(1), None, 17);
         let mut hits = |seq: u32| table.find(key.hash(SEED)).and_then(|at| table.hit(at, &probe(seq))).is_some();
         assert!(hits(100), "numbers come round");

@@ -9,7 +9,7 @@ use super::sharded::Sharded;
 use crate::translate::words;
 
 /// What a service is reached by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Front {
     /// Of the pods that reach it.
     pub network: NetworkIndex,
@@ -34,6 +34,10 @@ pub struct Backends {
 #[derive(Clone, Debug, Default)]
 pub struct Services {
     table: Sharded<Front, Arc<Backends>>,
+    /// How many services an address has.
+    addresses: Sharded<(NetworkIndex, IpAddr), usize>,
+    /// What the services of a backend, itself written as a front, are reached by.
+    fronts: Sharded<Front, Vec<Front>>,
     count: usize,
 }
 
@@ -43,14 +47,59 @@ impl Services {
         self.table.get(front).map(Arc::as_ref)
     }
 
+    /// True if an address is a service's, at whatever port.
+    pub fn has_address(&self, network: NetworkIndex, address: IpAddr) -> bool {
+        self.addresses.get(&(network, address)).is_some()
+    }
+
+    /// True if an answer of `backend` to a client may be a service's: one that would choose this backend for the client.
+    pub fn may_answer(&self, backend: &Front, client: IpAddr, port: u16) -> bool {
+        let end = (backend.address, backend.port);
+        let fronts = self.fronts.get(backend).into_iter().flatten();
+        fronts.filter_map(|front| self.lookup(front)).any(|backends| backends.choose(client, port) == Some(end))
+    }
+
     /// Puts a service in, or changes it.
     pub fn insert(&mut self, front: Front, backends: Backends) {
-        self.count += usize::from(self.table.insert(front, Arc::new(backends)).is_none());
+        self.forget_backends(&front);
+        for &(address, port) in &backends.ends {
+            let backend = Front { address, port, ..front };
+            let mut fronts = self.fronts.get(&backend).cloned().unwrap_or_default();
+            fronts.push(front);
+            self.fronts.insert(backend, fronts);
+        }
+        if self.table.insert(front, Arc::new(backends)).is_none() {
+            self.count += 1;
+            let address = (front.network, front.address);
+            let known = self.addresses.get(&address).copied().unwrap_or(0);
+            self.addresses.insert(address, known + 1);
+        }
     }
 
     /// Takes a service away.
     pub fn remove(&mut self, front: &Front) {
-        self.count -= usize::from(self.table.remove(front).is_some());
+        self.forget_backends(front);
+        if self.table.remove(front).is_some() {
+            self.count -= 1;
+            let address = (front.network, front.address);
+            match self.addresses.get(&address).copied() {
+                Some(known) if known > 1 => drop(self.addresses.insert(address, known - 1)),
+                _ => drop(self.addresses.remove(&address)),
+            }
+        }
+    }
+
+    fn forget_backends(&mut self, front: &Front) {
+        for (address, port) in self.lookup(front).map(|known| known.ends.clone()).unwrap_or_default() {
+            let backend = Front { address, port, ..*front };
+            let mut fronts = self.fronts.get(&backend).cloned().unwrap_or_default();
+            fronts.retain(|other| other != front);
+            if fronts.is_empty() {
+                self.fronts.remove(&backend);
+            } else {
+                self.fronts.insert(backend, fronts);
+            }
+        }
     }
 
     /// True if there is none.
