@@ -187,7 +187,9 @@ impl Switch {
     pub fn try_ask(&mut self, request: Request) -> Result<Answer, ApiError> {
         let answer = self.control.handle(self.now_ns, request, &mut self.backend);
         self.publish();
-        self.control.settle_connections(&mut self.backend);
+        if self.control.settle_connections(&mut self.backend) {
+            self.publish();
+        }
         answer
     }
 

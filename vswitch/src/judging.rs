@@ -61,10 +61,6 @@ impl Default for Policy {
     }
 }
 
-/// How long after a start the backends of services wait for their clients: a segment that was lost meanwhile comes again within
-/// this time (RFC 6298).
-const CLIENTS_FIRST_SECONDS: u64 = 4;
-
 impl Default for Connections {
     fn default() -> Self {
         let Timeouts {
@@ -125,7 +121,6 @@ impl Connections {
     pub(crate) fn config(&self, policy: &Policy, seed: u64) -> ConnectionConfig {
         let ns = |seconds: u64| seconds.saturating_mul(SECOND);
         ConnectionConfig {
-            clients_first_until_ns: CLIENTS_FIRST_SECONDS * SECOND,
             limit: self.limit,
             port_limit: self.port_limit,
             timeouts: Timeouts {

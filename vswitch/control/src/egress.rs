@@ -94,6 +94,11 @@ impl Control {
     pub(crate) fn remove_egress(&mut self, name: &str) -> Result<Answer, ApiError> {
         let before = self.translated();
         let Some(entry) = self.desired.egress.remove(name) else {
+            let parked = self.desired.parked_egress.len();
+            self.desired.parked_egress.retain(|parked| parked.name != name);
+            if self.desired.parked_egress.len() < parked {
+                return Ok(Answer::Done);
+            }
             let name = name.escape_default();
             return Err(not_found(format!("no egress rule \"{name}\": `switchctl egress list` shows them")));
         };

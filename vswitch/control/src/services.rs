@@ -3,7 +3,7 @@
 //! What is said is for connections that begin; those that there are keep what they have ([`crate::translations`] has the
 //! exceptions).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 
 use vswitch_api::{Affinity, Answer, ApiError, BackendInfo, Protocol, ServiceInfo, ServiceSpec};
@@ -53,10 +53,10 @@ impl Control {
                 )));
             }
         }
-        let is_service = |backend: &&SocketAddr| {
-            fronts.iter().any(|front| (front.address, front.port) == (backend.ip(), backend.port()))
-        };
-        for ServiceEntry { spec, .. } in &entries {
+        for ServiceEntry { spec, front, .. } in &entries {
+            let is_service = |backend: &&SocketAddr| {
+                fronts.contains(&Front { address: backend.ip(), port: backend.port(), ..*front })
+            };
             if let Some(backend) = spec.backends.iter().find(is_service) {
                 return Err(invalid(format!(
                     "service \"{}\": backends: {backend} is a service itself: name who answers for it",
@@ -145,12 +145,15 @@ impl Control {
     }
 
     pub(crate) fn remove_services(&mut self, names: &[String]) -> Result<Answer, ApiError> {
-        if let Some(missing) = names.iter().find(|name| !self.desired.services.contains_key(*name)) {
+        let is_parked = |name: &str| self.desired.parked_services.iter().any(|parked| parked.name == name);
+        let is_known = |name: &&String| self.desired.services.contains_key(*name) || is_parked(name);
+        if let Some(missing) = names.iter().find(|name| !is_known(name)) {
             let missing = missing.escape_default();
             return Err(not_found(format!("no service \"{missing}\": `switchctl service list` shows them")));
         }
         let before = self.translated();
         for name in names {
+            self.desired.parked_services.retain(|parked| parked.name != *name);
             if let Some(entry) = self.desired.services.remove(name) {
                 self.remove_front(&entry.front);
             }
@@ -162,23 +165,23 @@ impl Control {
 
     pub(crate) fn service_list(&self, now_ns: u64, backend: &mut dyn Backend) -> Answer {
         // Connections by front and backend.
-        let mut counts: HashMap<(Front, SocketAddr), usize> = HashMap::new();
+        let mut counts: HashMap<Front, BTreeMap<SocketAddr, usize>> = HashMap::new();
         live(now_ns, backend, |entry, ends, leaves_as| {
             let (network, protocol) = (entry.key.network, entry.key.protocol);
             let front = Front { network, address: ends[1].ip(), port: ends[1].port(), protocol };
-            *counts.entry((front, leaves_as[1])).or_default() += 1;
+            *counts.entry(front).or_default().entry(leaves_as[1]).or_default() += 1;
         });
         let infos = self.desired.services.values().map(|entry| {
+            let none = BTreeMap::new();
+            let counts = counts.get(&entry.front).unwrap_or(&none);
             let named = entry.spec.backends.iter().map(|&backend| BackendInfo {
                 backend,
-                connections: counts.get(&(entry.front, backend)).copied().unwrap_or(0),
+                connections: counts.get(&backend).copied().unwrap_or(0),
                 is_leaving: false,
             });
-            let leaving = counts
-                .iter()
-                .filter(|((front, backend), _)| *front == entry.front && !entry.spec.backends.contains(backend));
+            let leaving = counts.iter().filter(|(backend, _)| !entry.spec.backends.contains(backend));
             let leaving =
-                leaving.map(|(&(_, backend), &connections)| BackendInfo { backend, connections, is_leaving: true });
+                leaving.map(|(&backend, &connections)| BackendInfo { backend, connections, is_leaving: true });
             let network = Some(self.desired.network_name(entry.front.network));
             ServiceInfo { targets: named.chain(leaving).collect(), spec: ServiceSpec { network, ..entry.spec.clone() } }
         });

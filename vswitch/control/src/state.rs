@@ -76,14 +76,16 @@ pub(crate) fn restore(control: &mut Control, state: State, backend: &mut dyn Bac
             lost.push(format!("{why}{}", error.message));
         }
     }
-    // One by one: what cannot be taken over keeps nothing else from it. What has another of its name in the configuration
-    // has given way.
-    for spec in
-        services.into_iter().filter(|spec| !control.desired.services.contains_key(&spec.name)).collect::<Vec<_>>()
-    {
-        if let Err(error) = control.apply(Request::ServiceSet { services: vec![spec.clone()] }, backend) {
-            lost.push(format!("{}; it is kept for the next start", error.message));
-            control.desired.parked_services.push(spec);
+    // What has another of its name in the configuration has given way. All at once, or one by one if any is in the way: what
+    // cannot be taken over keeps nothing else from it.
+    let services: Vec<ServiceSpec> =
+        services.into_iter().filter(|spec| !control.desired.services.contains_key(&spec.name)).collect();
+    if control.apply(Request::ServiceSet { services: services.clone() }, backend).is_err() {
+        for spec in services {
+            if let Err(error) = control.apply(Request::ServiceSet { services: vec![spec.clone()] }, backend) {
+                lost.push(format!("{}; it is kept for the next start", error.message));
+                control.desired.parked_services.push(spec);
+            }
         }
     }
     for spec in egress.into_iter().filter(|spec| !control.desired.egress.contains_key(&spec.name)).collect::<Vec<_>>() {

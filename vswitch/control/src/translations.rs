@@ -18,7 +18,7 @@ use crate::backend::Backend;
 use crate::checks::{conflict, invalid};
 use crate::desired::NetworkEntry;
 use crate::routes::routers;
-use crate::{Control, HOST_PORT};
+use crate::{Control, Dirty, HOST_PORT};
 
 pub(crate) const UDP: u8 = 17;
 const TCP: u8 = 6;
@@ -109,21 +109,27 @@ impl Control {
         }
         let mut used = Translated::new();
         live(now_ns, backend, |entry, ends, leaves_as| {
-            used.extend([(entry.key.network, ends[1].ip()), (entry.key.network, leaves_as[0].ip())]);
+            let both = [ends[1].ip(), leaves_as[0].ip()].map(|address| (entry.key.network, address));
+            used.extend(both.into_iter().filter(|one| self.draining.contains(one)));
         });
         let before = self.draining.len();
         self.draining.retain(|address| used.contains(address));
         self.draining.len() < before
     }
 
-    /// Forgets datagrams' connections that would go another way since the last request. Call it after the request is in force
-    /// on every worker: one that has not heard of it would begin them again as they were.
-    pub fn settle_connections(&mut self, backend: &mut dyn Backend) {
+    /// Lets datagrams' connections begin anew that would go another way since the last request. Call it after the request is
+    /// in force on every worker: one that has not heard of it would begin them as they were. True if there were any, and a
+    /// snapshot with them that flow entries do not outlive.
+    pub fn settle_connections(&mut self, backend: &mut dyn Backend) -> bool {
         let changed = std::mem::take(&mut self.unsettled);
         if changed.fronts.is_empty() && changed.egress.is_empty() {
-            return;
+            return false;
         }
-        backend.connections().forget(|entry, leaves_as| self.is_stale(&changed, entry, leaves_as));
+        let has_any = backend.connections().retire(|entry, leaves_as| self.is_stale(&changed, entry, leaves_as));
+        if has_any {
+            self.mark(Dirty::Change);
+        }
+        has_any
     }
 
     fn is_stale(&self, changed: &Unsettled, entry: &Entry, leaves_as: Option<&Translation>) -> bool {

@@ -187,11 +187,8 @@ fn follow(walk: &Walk<'_>) -> Result<Admitted, Refused> {
             Ok(found) => found,
             Err(shard) => return walk.begin(shard, &sought, false),
         };
-        let is_over = shard.get(at).is_over(
-            now_ns,
-            &connections.config().timeouts,
-            begins_anew(meta, walk.passage.packet.head().data()),
-        );
+        let begins = begins_anew(meta, walk.passage.packet.head().data());
+        let is_over = shard.get(at).is_over(now_ns, &connections.config().timeouts, begins, side);
         match (is_over, is_after, side) {
             (true, ..) => {
                 // Flow entries hold on if the new one leaves as this one did.

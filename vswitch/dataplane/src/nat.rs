@@ -135,7 +135,8 @@ impl<'a> Turning<'a> {
     fn find(&self, tuple: Tuple, begins: bool) -> Option<Found<'a>> {
         let found = self.connections.find(&self.connections.seek(tuple, self.meta.network)).ok()?;
         let timeouts = &self.connections.config().timeouts;
-        (!found.shard.get(found.at).is_over(self.now_ns, timeouts, begins)).then_some(found)
+        let is_over = found.shard.get(found.at).is_over(self.now_ns, timeouts, begins, found.side);
+        (!is_over).then_some(found)
     }
 
     /// What begins a connection, or may: a service's backend, and the address to leave with.
@@ -143,7 +144,11 @@ impl<'a> Turning<'a> {
         let Turning { meta, snapshot, .. } = *self;
         let Some((source, destination)) = meta.addresses() else { return Ok(None) };
         let mut to = tuple.ends();
-        if tuple.protocol == TCP && !begins && self.now_ns < self.connections.config().clients_first_until_ns {
+        if tuple.protocol == TCP
+            && !begins
+            && self.connections.waits_for_clients(self.now_ns)
+            && self.is_for_own(destination)
+        {
             let backend = Front { network: meta.network, address: source, port: tuple.ports.0, protocol: TCP };
             if snapshot.services.may_answer(&backend, destination, tuple.ports.1) {
                 return Err(DropReason::NoConnection);
@@ -175,6 +180,14 @@ impl<'a> Turning<'a> {
             to.source = words(own);
         }
         Ok((to != tuple.ends()).then(|| Turn::new(meta, to, false)))
+    }
+
+    /// True for what goes to a pod here or to this node itself.
+    fn is_for_own(&self, destination: IpAddr) -> bool {
+        let Turning { meta, snapshot, .. } = *self;
+        let next_hop = snapshot.routes.lookup(meta.network, destination);
+        matches!(next_hop, Some(NextHop::Port { port, .. }) if snapshot.is_pod(port))
+            || snapshot.classes.lookup(meta.network, destination).is_host()
     }
 
     /// True for what comes from a pod here or from this node itself: each node translates for its own.

@@ -405,6 +405,8 @@ fn parse_l4(head: &[u8], layer3: &Layer3) -> Result<L4, DropReason> {
         UDP => 8,
         SCTP => 12,
         ICMP | ICMPV6 => 8,
+        // What is behind the headers may be rewritten, so it must begin where they are.
+        _ if at > head.len() => return Err(DropReason::Truncated),
         _ => return Ok(L4::NONE),
     };
     if room < need {

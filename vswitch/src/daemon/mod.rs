@@ -35,6 +35,10 @@ use crate::{follow, host, server, tasks};
 /// A host port that could not be made is tried again this much later.
 const HOST_RETRY_NS: u64 = 5_000_000_000;
 
+/// How long after a start the backends of services wait for their clients: a segment that was lost meanwhile comes again within
+/// this time (RFC 6298).
+const CLIENTS_FIRST_NS: u64 = 4_000_000_000;
+
 /// Everything the control thread owns.
 pub(crate) struct Daemon {
     pub(crate) config: Config,
@@ -81,6 +85,7 @@ async fn live(daemon: &Rc<Daemon>, watch: Watch, events: Receiver<Event>, news: 
     daemon.attach_uplinks().await?;
     daemon.restore()?;
     follow::take_back(&daemon.kernel, &daemon.control).await;
+    daemon.links.borrow().connections().wait_for_clients(daemon.now_ns() + CLIENTS_FIRST_NS);
     daemon.publish();
     daemon.carry_out().await;
     let socket = daemon.config.socket();

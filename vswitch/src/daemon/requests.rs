@@ -47,7 +47,10 @@ impl Daemon {
             // Whoever is told that it is done may rely on it, for the very next packet and after a restart.
             let live = self.links.borrow().sync().map_err(|error| ApiError::new(ErrorCode::System, error));
             answer = answer.and_then(|done| live.and(self.note()).map(|()| done));
-            self.control.borrow_mut().settle_connections(&mut *self.links.borrow_mut());
+            if self.control.borrow_mut().settle_connections(&mut *self.links.borrow_mut()) {
+                self.publish();
+                let _ = self.links.borrow().sync();
+            }
         }
         if is_change && !is_policy {
             self.save();

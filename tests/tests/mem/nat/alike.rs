@@ -88,8 +88,8 @@ fn agrees_with_a_map() {
 /// answer of its own address.
 #[test]
 fn backends_wait_for_their_clients_after_a_start() {
-    let config = ConnectionConfig { seed: 11, clients_first_until_ns: 4 * SECOND, ..ConnectionConfig::default() };
-    let mut node = Node::with(config).with_services();
+    let mut node = Node::new().with_services();
+    node.switch.backend.connections.wait_for_clients(4 * SECOND);
     let data = tcp(ACK, 51, 2);
     assert_eq!(node.send(1, "10.0.0.1", (8080, 1000), data, b"x").err(), Some(DropReason::NoConnection));
     // Other ports, and other pods, are no service's.

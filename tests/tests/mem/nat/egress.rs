@@ -172,3 +172,42 @@ fn what_was_under_way_goes_on_as_it_did() {
     let asked = node.send(0, "198.51.100.7", (45_000, 443), data, b"request").unwrap();
     assert_eq!(asked.1.source, end("192.0.2.50", 45_000));
 }
+
+/// Extension headers that reach beyond the first frame: nothing behind them can be rewritten, and nothing is.
+#[test]
+fn headers_beyond_the_first_frame_are_refused() {
+    for protocol in [99, 136] {
+        let mut node = Node::new().with_egress();
+        let mut frame = node.frame(0, "2001:db8::7", (1, 2), Layer4::Udp, &[0; 4500]);
+        frame[20] = 60;
+        for (at, next) in [(54, 60), (54 + 2048, protocol)] {
+            frame[at] = next;
+            frame[at + 1] = 255;
+        }
+        assert_eq!(node.pass(0, &frame).err(), Some(DropReason::Truncated), "{protocol}");
+    }
+}
+
+/// Packets that pass after a rule is in force, and before connections are looked at, change nothing.
+#[test]
+fn what_passes_meanwhile_follows_the_rule_too() {
+    let mut node = Node::new();
+    let before = node.send(0, "198.51.100.7", (1000, 53), Layer4::Udp, b"x").unwrap();
+    assert_eq!(before.1.source, end("10.0.0.1", 1000));
+    let rule = r#"{"op":"egress_set","name":"out","destinations":["198.51.100.0/24"],"addresses":["192.0.2.50"]}"#;
+    let request = serde_json::from_str(rule).unwrap();
+    node.switch.control.handle(node.switch.now_ns, request, &mut node.switch.backend).unwrap();
+    node.switch.pass(SECOND);
+    for _ in 0..3 {
+        node.send(0, "198.51.100.7", (1000, 53), Layer4::Udp, b"x").unwrap();
+        assert_eq!(node.answer(&before, Layer4::Udp, b"y").unwrap().0, 0);
+    }
+    assert!(node.switch.control.settle_connections(&mut node.switch.backend));
+    node.switch.pass(1);
+    assert_eq!(node.answer(&before, Layer4::Udp, b"y").unwrap().0, 0, "answers pass until it speaks again");
+    let after = node.send(0, "198.51.100.7", (1000, 53), Layer4::Udp, b"x").unwrap();
+    assert_eq!(after.1.source, end("192.0.2.50", 1000));
+    assert_eq!(node.answer(&after, Layer4::Udp, b"y").unwrap().1.destination, end("10.0.0.1", 1000));
+    node.switch.pass(6 * SECOND);
+    assert_eq!(node.answer(&before, Layer4::Udp, b"y").err(), Some(DropReason::NoConnection), "not by both ways");
+}

@@ -42,6 +42,7 @@ pub(crate) use shard::{ELSEWHERE, Shard};
 pub use state::{State, Timeouts};
 use vswitch_net::NetworkIndex;
 
+use crate::table::flow::LIFETIME_NS;
 use crate::table::policy::RuleId;
 use crate::translate::Translation;
 
@@ -61,9 +62,6 @@ pub struct ConnectionConfig {
     pub timeouts: Timeouts,
     /// Whether TCP connections that were not seen from their beginning are taken up, if policy allows them.
     pub pick_up: PickUp,
-    /// Until this time, after a start, what may be a service's answer waits for its client to speak first: only that tells
-    /// whom it was asked as.
-    pub clients_first_until_ns: u64,
     /// Whether a connection goes on that a later policy would not have let begin.
     pub keeps_established: bool,
     /// Seed of the hash; a secret of the process.
@@ -93,6 +91,8 @@ pub struct Connections {
     aliases: AtomicUsize,
     /// Changes when what answers to a translated connection look like may become another's: flow entries made before are void.
     epoch: AtomicU32,
+    /// Until this time what may be a service's answer waits for its client to speak.
+    clients_first_until_ns: AtomicU64,
     evicted: AtomicU64,
     expired: AtomicU64,
     config: ConnectionConfig,
@@ -141,7 +141,6 @@ impl Default for ConnectionConfig {
             port_limit: 1 << 18,
             timeouts: Timeouts::default(),
             pick_up: PickUp::Never,
-            clients_first_until_ns: 0,
             keeps_established: false,
             seed: 0,
         }
@@ -168,6 +167,7 @@ impl Connections {
             translated: AtomicUsize::new(0),
             aliases: AtomicUsize::new(0),
             epoch: AtomicU32::new(0),
+            clients_first_until_ns: AtomicU64::new(0),
             evicted: AtomicU64::new(0),
             expired: AtomicU64::new(0),
             config,
@@ -187,6 +187,16 @@ impl Connections {
     /// True if any connection is translated.
     pub(crate) fn are_translated(&self) -> bool {
         self.translated.load(Ordering::Relaxed) > 0
+    }
+
+    /// After a start: until this time what may be a service's answer waits for its client to speak first, for only that tells
+    /// whom it was asked as.
+    pub fn wait_for_clients(&self, until_ns: u64) {
+        self.clients_first_until_ns.store(until_ns, Ordering::Relaxed);
+    }
+
+    pub(crate) fn waits_for_clients(&self, now_ns: u64) -> bool {
+        now_ns < self.clients_first_until_ns.load(Ordering::Relaxed)
     }
 
     /// Flow entries of translated connections hold as long as this does not change.
@@ -287,7 +297,7 @@ impl Connections {
             return false;
         }
         // A connection more or less than the limit, when workers meet here, is none the worse.
-        if self.count.load(Ordering::Relaxed) >= self.config.limit && !self.make_room(shard, hash) {
+        if self.count.load(Ordering::Relaxed) >= self.config.limit && !self.make_room(shard, hash, entry.created_ns) {
             return false;
         }
         shard.insert(hash, entry, translation);
@@ -327,10 +337,17 @@ impl Connections {
     }
 
     /// Forgets the oldest unanswered connection of this shard, or of another one that nobody uses right now.
-    fn make_room(&self, shard: &mut Shard, hash: u64) -> bool {
+    fn make_room(&self, shard: &mut Shard, hash: u64, now_ns: u64) -> bool {
         let evict = |shard: &mut Shard| {
             let oldest = shard.oldest_unanswered();
-            oldest.inspect(|&at| self.remove(shard, at)).is_some()
+            oldest.inspect(|&at| {
+                // No flow entry is as old as that.
+                match now_ns.saturating_sub(shard.get(at).used_ns) > 2 * LIFETIME_NS {
+                    true => self.remove_silent(shard, at),
+                    false => self.remove(shard, at),
+                }
+            });
+            oldest.is_some()
         };
         let own = shard_of(hash);
         let made = evict(shard)
@@ -407,6 +424,20 @@ impl Connections {
             }
         }
         forgotten
+    }
+
+    /// Lets connections that `unwanted` says are unwanted begin anew with the next packet of who began them; their answers
+    /// pass until then. True if there were any: flows that were made for them end with the next generation.
+    pub fn retire(&self, mut unwanted: impl FnMut(&Entry, Option<&Translation>) -> bool) -> bool {
+        let mut has_any = false;
+        for shard in &self.shards {
+            let mut shard = lock(shard);
+            let all: Vec<u32> =
+                shard.iter().filter(|&(at, entry)| unwanted(entry, shard.translation(at))).map(|(at, _)| at).collect();
+            has_any |= !all.is_empty();
+            all.into_iter().for_each(|at| shard.get_mut(at).is_retired = true);
+        }
+        has_any
     }
 
     /// What the table has done, and what it takes.

@@ -52,6 +52,8 @@ pub struct Entry {
     is_listed: bool,
     /// True if its packets leave with other addresses or ports than they came with.
     pub(crate) is_translated: bool,
+    /// True if the next packet of who began begins it anew.
+    pub(crate) is_retired: bool,
 }
 
 /// What is known of one end of a TCP connection.
@@ -118,6 +120,7 @@ impl Entry {
             is_used: true,
             is_listed: false,
             is_translated: false,
+            is_retired: false,
         }
     }
 
@@ -131,10 +134,10 @@ impl Entry {
         now_ns.saturating_sub(self.used_ns) >= self.timeout_ns(timeouts)
     }
 
-    /// True if it is over for a packet: silent for its time, or closed and the packet `begins` a new one.
-    pub(crate) fn is_over(&self, now_ns: u64, timeouts: &Timeouts, begins: bool) -> bool {
+    /// True if it is over for a packet of one side: silent for its time, closed and the packet `begins` a new one, or retired.
+    pub(crate) fn is_over(&self, now_ns: u64, timeouts: &Timeouts, begins: bool, side: usize) -> bool {
         let is_closed = matches!(self.state, State::TimeWait | State::Closed | State::Shutdown);
-        self.is_expired(now_ns, timeouts) || (begins && is_closed)
+        self.is_expired(now_ns, timeouts) || (begins && is_closed) || (self.is_retired && side == 0)
     }
 
     /// How long it is remembered in silence. What only one side speaks of is not open, whatever that side says.
