@@ -5,28 +5,20 @@ use std::path::Path;
 use serde_json::{Value, json};
 use xtask::lab::{self, Daemon, Namespace};
 
-use crate::outside::{World, greet, seen_as, world};
+use crate::outside::{CONFIG, World, greet, seen_as, world};
 use crate::{add_pod, assert_balanced, bench, dropped, is_listening};
 
 /// The address that an egress rule gives.
 const LEAVES_AS: [&str; 2] = ["203.0.113.50", "2001:db8:50::1"];
 
-const CONFIG: &str = r#"
-[uplink]
-link = "wire"
-[host]
-network = "pods"
-[[network]]
-name = "pods"
-vni = 1
-subnets = ["10.244.0.0/16", "fd00:10:244::/48"]
-ranges = ["10.244.1.0/24", "fd00:10:244:1::/64"]
-services = ["10.96.0.0/16", "fd96::/64"]
-"#;
+/// A node whose network says where services have their addresses.
+fn config() -> String {
+    format!("{CONFIG}services = [\"10.96.0.0/16\", \"fd96::/64\"]\n")
+}
 
 fn config_of(own: u8) -> String {
     let other = 3 - own;
-    let text = CONFIG.replace("10.244.1.", &format!("10.244.{own}.")).replace("244:1:", &format!("244:{own}:"));
+    let text = config().replace("10.244.1.", &format!("10.244.{own}.")).replace("244:1:", &format!("244:{own}:"));
     format!(
         "{text}[[peer]]\nname = \"other\"\nvtep = \"192.0.2.{other}\"\n
 [[route]]\nnetwork = \"pods\"\nprefix = \"10.244.{other}.0/24\"\npeer = \"other\"\n
@@ -185,7 +177,7 @@ while True:
 #[test]
 fn pods_leave_with_an_address_of_their_own() {
     let Some(mut bench) = bench("snat") else { return };
-    let World { node, internet, mut daemon, pod, addresses } = world(&mut bench, CONFIG);
+    let World { node, internet, mut daemon, pod, addresses } = world(&mut bench, &config());
     let lab = &mut bench.lab;
     let (other, _) = add_pod(lab, &daemon, "other");
     greet(lab, &internet, 8001);

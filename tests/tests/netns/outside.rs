@@ -6,7 +6,7 @@ use xtask::lab::{self, Daemon, Lab, Namespace};
 use crate::{Bench, add_pod, assert_balanced, bench, conflist, dropped, is_listening};
 
 /// A node that a router, the "internet", reaches at 192.0.2.1 and 2001:db8::1.
-const CONFIG: &str = r#"
+pub(crate) const CONFIG: &str = r#"
 [uplink]
 link = "wire"
 [host]
