@@ -208,11 +208,13 @@ impl Demo {
         for _ in 0..20 {
             from.run(5, &["busybox", "wget", "-q", "-O", "/dev/null", "http://10.96.0.10/file"])?;
         }
-        let shown = node.ctl(&["service", "show", "shop/web:http"])?;
+        // Those that are over, too.
+        let listed = node.ctl(&["connection", "list", "--address", "10.96.0.10", "--port", "80"])?;
         node.run_ctl(&["service", "del", "shop/web:http"])?;
-        let counts = shown["services"][0]["connections"].as_array().cloned().unwrap_or_default();
-        let counts: Vec<u64> = counts.iter().filter_map(Value::as_u64).collect();
-        if counts.len() != 2 || counts.contains(&0) || counts.iter().sum::<u64>() != 20 {
+        let connections = listed["connections"].as_array().cloned().unwrap_or_default();
+        let counts = backends
+            .map(|backend| connections.iter().filter(|one| one["leaves_as"][1].as_str() == Some(&backend)).count());
+        if counts.contains(&0) || counts.iter().sum::<usize>() != 20 {
             bail!("connections of the two: {counts:?}");
         }
         Ok(format!("20 of 20 by 10.96.0.10, {} on this node and {} on the other", counts[0], counts[1]))
