@@ -23,13 +23,13 @@ use crate::connection::{Connections, ELSEWHERE, Entry, Found, Quote, Shard, Soug
 use crate::decide::is_discovery;
 use crate::icmp;
 use crate::intact::is_intact;
-use crate::meta::{Kind, Meta};
+use crate::meta::{Kind, Meta, address};
 use crate::nat::{self, Turn};
 use crate::parse::{ICMP, ICMPV6, IGMP, SCTP, TCP, byte_at};
 use crate::snapshot::Snapshot;
 use crate::table::flow::NO_WINDOW;
 use crate::table::policy::{Class, Judgement, PolicySet, RuleId, Subject};
-use crate::translate::{Translation, address};
+use crate::translate::Translation;
 use crate::verdict::DropReason;
 
 /// What is asked.

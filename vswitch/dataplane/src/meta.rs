@@ -209,8 +209,7 @@ impl FlowKey {
     pub fn fields(&self) -> FlowFields {
         let [facts, destination, source, ports, s0, s1, d0, d1] = self.0;
         let peer = (facts >> 32) as u16;
-        let join = |high: u64, low: u64| Ipv6Addr::from_bits(u128::from(high) << 64 | u128::from(low)).into();
-        let v4 = |word: u64| Ipv4Addr::from_bits(word as u32).into();
+        let both = |is_v6: bool| Some((address([s0, s1], is_v6), address([d0, d1], is_v6)));
         FlowFields {
             ingress: PortId((facts >> 48) as u16),
             peer: (peer != NO_PEER).then_some(PeerIndex(peer)),
@@ -218,8 +217,8 @@ impl FlowKey {
             destination_mac: mac(destination),
             source_mac: mac(source),
             addresses: match (facts >> 8) as u8 {
-                kind if kind == Kind::V4 as u8 => Some((v4(s0), v4(d0))),
-                kind if kind == Kind::V6 as u8 => Some((join(s0, s1), join(d0, d1))),
+                kind if kind == Kind::V4 as u8 => both(false),
+                kind if kind == Kind::V6 as u8 => both(true),
                 _ => None,
             },
             protocol: facts as u8,
@@ -255,6 +254,23 @@ impl Meta {
     /// Source and destination address, for IP.
     pub fn addresses(&self) -> Option<(IpAddr, IpAddr)> {
         self.key.fields().addresses
+    }
+}
+
+/// The words of an address, as a key has them.
+pub(crate) fn words(address: IpAddr) -> [u64; 2] {
+    match address {
+        IpAddr::V4(v4) => [u64::from(v4.to_bits()), 0],
+        IpAddr::V6(v6) => [(v6.to_bits() >> 64) as u64, v6.to_bits() as u64],
+    }
+}
+
+/// The address of words.
+pub(crate) fn address(words: [u64; 2], is_v6: bool) -> IpAddr {
+    if is_v6 {
+        Ipv6Addr::from_bits(u128::from(words[0]) << 64 | u128::from(words[1])).into()
+    } else {
+        Ipv4Addr::from_bits(words[0] as u32).into()
     }
 }
 

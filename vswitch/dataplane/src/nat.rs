@@ -24,12 +24,12 @@ use crate::connection::{Connections, Found, Sought, Tuple, quoted};
 use crate::icmp;
 use crate::intact::is_intact;
 use crate::judge::begins_anew;
-use crate::meta::{Kind, Meta};
+use crate::meta::{Kind, Meta, address, words};
 use crate::parse::{SCTP, TCP, UDP};
 use crate::snapshot::Snapshot;
 use crate::table::route::NextHop;
 use crate::table::service::Front;
-use crate::translate::{Translation, address, translate_error, words};
+use crate::translate::{Translation, translate_error};
 use crate::verdict::DropReason;
 
 /// Ports that are tried for a connection whose own is taken.

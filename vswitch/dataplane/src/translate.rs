@@ -3,13 +3,13 @@
 //! What becomes of which packet is decided elsewhere ([`crate::nat`]). Checksums are changed by what changed under them
 //! (RFC 1624), so no byte of the rest is read; SCTP's is a CRC and is computed anew.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use vswitch_net::checksum;
 use vswitch_xsk::{Packet, Umem};
 
 use crate::connection::{Quote, Tuple};
-use crate::meta::{Checksum, Kind, Meta};
+use crate::meta::{Checksum, Kind, Meta, address};
 use crate::parse::{ICMP, ICMPV6, SCTP, TCP, UDP};
 use crate::verdict::DropReason;
 
@@ -42,23 +42,6 @@ impl Translation {
     /// Source and destination as people read them.
     pub fn ends(&self, is_v6: bool) -> [(IpAddr, u16); 2] {
         [(address(self.source, is_v6), self.ports.0), (address(self.destination, is_v6), self.ports.1)]
-    }
-}
-
-/// The words of an address.
-pub(crate) fn words(address: IpAddr) -> [u64; 2] {
-    match address {
-        IpAddr::V4(v4) => [u64::from(v4.to_bits()), 0],
-        IpAddr::V6(v6) => [(v6.to_bits() >> 64) as u64, v6.to_bits() as u64],
-    }
-}
-
-/// The address of words.
-pub(crate) fn address(words: [u64; 2], is_v6: bool) -> IpAddr {
-    if is_v6 {
-        Ipv6Addr::from_bits(u128::from(words[0]) << 64 | u128::from(words[1])).into()
-    } else {
-        Ipv4Addr::from_bits(words[0] as u32).into()
     }
 }
 

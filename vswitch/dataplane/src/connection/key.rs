@@ -1,10 +1,10 @@
 //! What a connection is found by.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use vswitch_net::NetworkIndex;
 
-use crate::meta::{Kind, Meta};
+use crate::meta::{Kind, Meta, address};
 use crate::parse::{ICMP, ICMPV6, SCTP, TCP, UDP, byte_at, u16_at, u32_at, v6_at};
 use crate::translate::Translation;
 use crate::verdict::DropReason;
@@ -146,11 +146,7 @@ impl Key {
     }
 
     fn address(&self, words: [u64; 2]) -> IpAddr {
-        if self.flags & IS_V6 != 0 {
-            Ipv6Addr::from_bits(u128::from(words[0]) << 64 | u128::from(words[1])).into()
-        } else {
-            Ipv4Addr::from_bits(words[0] as u32).into()
-        }
+        address(words, self.flags & IS_V6 != 0)
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vswitch_net::NetworkIndex;
 
 use super::sharded::Sharded;
-use crate::translate::words;
+use crate::meta::words;
 
 /// What a service is reached by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
