@@ -1,31 +1,26 @@
 //! `pktgen forward`: the do-nothing forwarder.
 
-use std::time::{Duration, Instant};
-
-use anyhow::bail;
 use xsk_rs::FrameDesc;
 
-use crate::Count;
+use crate::clock::Clock;
 use crate::link::{Direction, Link};
+use crate::{Count, Time};
 
 /// Moves packets both ways, and counts them.
-#[expect(clippy::disallowed_methods, reason = "a generator owns its clock")]
-pub(crate) fn run(from: &str, to: &str, time: Duration) -> anyhow::Result<Count> {
-    if from == to {
-        bail!("--from and --to are both {from}: name two links");
-    }
+pub(crate) fn run(from: &str, to: &str, time: Time) -> anyhow::Result<Count> {
     let [mut from, mut to] = Link::open([from, to], Direction::Both)?;
     let mut count = Count::default();
     let mut burst = Vec::new();
-    let start = Instant::now();
-    while start.elapsed() < time {
+    let mut clock = Clock::start(time);
+    while !clock.is_over() {
         let there = pass(&mut from, &mut to, &mut burst, &mut count)?;
         let back = pass(&mut to, &mut from, &mut burst, &mut count)?;
         if there + back == 0 {
             from.wait(0)?;
         }
+        clock.progress(&count);
     }
-    count.seconds = start.elapsed().as_secs_f64();
+    count.seconds = clock.elapsed().as_secs_f64();
     Ok(count)
 }
 

@@ -96,6 +96,12 @@ impl Link {
         cursor.write_all(packet).context("the packet is larger than a frame")
     }
 
+    /// The bytes of a received frame.
+    pub(crate) fn read(&self, frame: &FrameDesc) -> &[u8] {
+        // SAFETY: the frame is of this umem and at hand, so the kernel does not touch it.
+        unsafe { self.umem.data(frame) }.contents()
+    }
+
     /// Receives up to a burst into `received`; returns how many came.
     pub(crate) fn receive(&mut self, received: &mut Vec<FrameDesc>) -> usize {
         // SAFETY: the descriptors that come were given to the fill ring and to nobody else.

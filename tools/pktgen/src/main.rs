@@ -1,28 +1,38 @@
-//! pktgen: sends, counts or forwards packets over AF_XDP.
+//! pktgen: sends, counts, forwards and times packets.
 //!
-//! Built on xsk-rs, on purpose another implementation of AF_XDP than the switch's own, so that one checks the other.
-//! `forward` does nothing but move packets between two links: it is the ceiling that a switch is measured against.
+//! Over AF_XDP it is built on xsk-rs, on purpose another implementation than the switch's own, so that one checks the other.
+//! `forward` does nothing but move packets between two links: it is the ceiling that a switch is measured against;
+//! `redirect` has the kernel do the same, and is the ceiling of that.
 #![deny(unsafe_code)]
 
+mod clock;
 mod forward;
+mod kernel;
+mod latency;
 mod link;
+mod rtt;
 mod send;
 mod sink;
 mod template;
+mod traffic;
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use serde_json::{Value, json};
 
-/// Sends, counts or forwards packets over AF_XDP.
+/// Sends, counts, forwards and times packets.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
     /// Print the result as JSON.
     #[arg(long, global = true)]
     json: bool,
+    /// Run on this core.
+    #[arg(long, global = true)]
+    core: Option<usize>,
     #[command(subcommand)]
     command: Command,
 }
@@ -31,25 +41,36 @@ struct Arguments {
 enum Command {
     /// Sends UDP packets out of a link.
     Send(send::Options),
+    /// Sends the packets of a capture.
+    Replay(send::ReplayOptions),
     /// Receives and counts packets of a link.
-    Sink {
-        /// The link.
-        #[arg(long)]
-        link: String,
-        #[command(flatten)]
-        time: Time,
-    },
+    Sink(sink::Options),
     /// Moves packets between two links, both ways, and looks at none.
-    Forward {
-        /// One link.
+    Forward(Pair),
+    /// Has the kernel redirect packets between two links, by XDP.
+    Redirect(Pair),
+    /// Times round trips to `pktgen answer`.
+    Rtt(rtt::Options),
+    /// Answers `pktgen rtt`, over UDP and TCP.
+    Answer {
+        /// Where to listen.
         #[arg(long)]
-        from: String,
-        /// The other.
-        #[arg(long)]
-        to: String,
+        at: SocketAddr,
         #[command(flatten)]
         time: Time,
     },
+}
+
+#[derive(Debug, Args)]
+struct Pair {
+    /// One link.
+    #[arg(long)]
+    from: String,
+    /// The other.
+    #[arg(long)]
+    to: String,
+    #[command(flatten)]
+    time: Time,
 }
 
 #[derive(Clone, Copy, Debug, Args)]
@@ -57,9 +78,16 @@ struct Time {
     /// How long, in seconds; at most an hour.
     #[arg(long, default_value_t = 10.0, value_parser = parse_seconds)]
     seconds: f64,
+    /// Say once a second, on standard error, how it goes.
+    #[arg(long)]
+    progress: bool,
 }
 
 impl Time {
+    fn of(seconds: f64) -> Time {
+        Time { seconds, progress: false }
+    }
+
     fn duration(self) -> Duration {
         Duration::from_secs_f64(self.seconds)
     }
@@ -70,19 +98,15 @@ impl Time {
 struct Count {
     packets: u64,
     bytes: u64,
-    /// Packets that could not be sent.
+    /// Packets that could not be sent, questions without an answer.
     refused: u64,
     seconds: f64,
+    latency: latency::Summary,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let counted = match &arguments.command {
-        Command::Send(options) => send::run(options),
-        Command::Sink { link, time } => sink::run(link, time.duration()),
-        Command::Forward { from, to, time } => forward::run(from, to, time.duration()),
-    };
-    match counted {
+    match run(&arguments) {
         Ok(count) => {
             print(&count, arguments.json);
             ExitCode::SUCCESS
@@ -94,24 +118,51 @@ fn main() -> ExitCode {
     }
 }
 
+fn run(arguments: &Arguments) -> anyhow::Result<Count> {
+    if let Some(id) = arguments.core
+        && !core_affinity::set_for_current(core_affinity::CoreId { id })
+    {
+        anyhow::bail!("--core {id}: not allowed here; `taskset -p $$` shows the cores that are");
+    }
+    match &arguments.command {
+        Command::Send(options) => send::run(options),
+        Command::Replay(options) => send::replay(options),
+        Command::Sink(options) => sink::run(options),
+        Command::Rtt(options) => rtt::run(options),
+        Command::Answer { at, time } => rtt::answer(*at, *time),
+        Command::Forward(Pair { from, to, .. }) | Command::Redirect(Pair { from, to, .. }) if from == to => {
+            anyhow::bail!("--from and --to are both {from}: name two links")
+        }
+        Command::Forward(Pair { from, to, time }) => forward::run(from, to, *time),
+        Command::Redirect(Pair { from, to, time }) => kernel::redirect(from, to, *time),
+    }
+}
+
 fn print(count: &Count, as_json: bool) {
     let seconds = count.seconds.max(1e-9);
     let (pps, bps) = (count.packets as f64 / seconds, count.bytes as f64 * 8.0 / seconds);
+    let has_latency = count.latency.samples > 0;
     if as_json {
-        let object: Value = json!({
+        let mut object: Value = json!({
             "packets": count.packets, "bytes": count.bytes, "refused": count.refused,
             "seconds": count.seconds, "packets_per_second": pps, "bits_per_second": bps,
         });
+        if has_latency {
+            object["latency"] = count.latency.to_json();
+        }
         println!("{object}");
-    } else {
-        println!(
-            "{} packets in {:.2} s: {:.3} Mpps, {:.3} Gbit/s; {} refused",
-            count.packets,
-            count.seconds,
-            pps / 1e6,
-            bps / 1e9,
-            count.refused
-        );
+        return;
+    }
+    println!(
+        "{} packets in {:.2} s: {:.3} Mpps, {:.3} Gbit/s; {} refused",
+        count.packets,
+        count.seconds,
+        pps / 1e6,
+        bps / 1e9,
+        count.refused
+    );
+    if has_latency {
+        println!("{}", count.latency.to_text());
     }
 }
 
@@ -119,5 +170,12 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if seconds > 0.0 && seconds <= 3600.0 => Ok(seconds),
         _ => Err("allowed are more than 0 and at most 3600 seconds".to_owned()),
+    }
+}
+
+fn parse_warm(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.0..=60.0).contains(&seconds) => Ok(seconds),
+        _ => Err("allowed are 0 to 60 seconds".to_owned()),
     }
 }

@@ -2,7 +2,7 @@
  *
  * Without a socket it is dropped: what a pod sends must never reach the host's stack unjudged.
  */
-#include "common.h"
+#include "sockets.h"
 
 SEC("xdp.frags")
 int pod(struct xdp_md *ctx)

@@ -5,7 +5,7 @@
  * from an address of the cluster and goes to one of this node's pods. All with the tag of the underlay, if it has one,
  * and else without; under a tag ARP and neighbor discovery are ours too. Without a socket it passes too.
  */
-#include "common.h"
+#include "sockets.h"
 
 #include <linux/if_ether.h>
 #include <linux/in.h>
@@ -50,11 +50,6 @@ struct vlan {
 };
 
 #define IP_FRAGMENT 0x3fff /* more-fragments bit and offset */
-
-static __always_inline __u16 be16(__u16 host)
-{
-	return __builtin_bswap16(host);
-}
 
 static __always_inline int is_ours(void *at, void *end, __be16 proto, struct vtep *vtep)
 {

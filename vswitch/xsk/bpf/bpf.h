@@ -1,0 +1,27 @@
+/* What the XDP programs need of BPF: section names, map keywords, a few helpers. No libbpf. */
+#ifndef VSWITCH_BPF_H
+#define VSWITCH_BPF_H
+
+#include <linux/bpf.h>
+#include <linux/types.h>
+
+#define SEC(name) __attribute__((section(name), used))
+#define __uint(name, value) int(*name)[value]
+#define __type(name, value) typeof(value) *name
+
+/* Helper numbers are kernel ABI: linux/bpf.h, __BPF_FUNC_MAPPER. */
+static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
+static __u64 (*bpf_ktime_get_ns)(void) = (void *)5;
+static long (*bpf_redirect)(__u32 ifindex, __u64 flags) = (void *)23;
+static long (*bpf_redirect_map)(void *map, __u64 key, __u64 flags) = (void *)51;
+static long (*bpf_xdp_adjust_tail)(struct xdp_md *ctx, int delta) = (void *)65;
+static __u64 (*bpf_xdp_get_buff_len)(struct xdp_md *ctx) = (void *)188;
+
+static __always_inline __u16 be16(__u16 host)
+{
+	return __builtin_bswap16(host);
+}
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";
+
+#endif
