@@ -146,7 +146,7 @@ impl Demo {
         let is_ok = one.pings("192.0.2.2", 20, 5) && one.pings("2001:db8::2", 20, 5);
         self.line("node to node, not VXLAN: ping", is_ok, "20 of 20, IPv4 and IPv6");
         let rate = match self.lab.spawn(&two, &["iperf3", "-s"]) {
-            Ok(()) if is_listening(&two, 5201) => one.iperf3("192.0.2.2", 1, &[]),
+            Ok(_) if is_listening(&two, 5201) => one.iperf3("192.0.2.2", 1, &[]),
             _ => Err(anyhow::anyhow!("no iperf3 server")),
         };
         self.measured("node to node, not VXLAN: TCP", rate.map(|bits| format!("{:.2} Gbit/s", bits / 1e9)));

@@ -179,18 +179,20 @@ impl Lab {
         Ok(path.to_string_lossy().into_owned())
     }
 
-    /// Starts a process in a namespace that the laboratory will stop. Its output goes to the laboratory's directory.
+    /// Starts a process in a namespace that the laboratory will stop; its pid. Its output goes to the laboratory's directory.
     ///
     /// # Errors
     ///
     /// If it cannot be started.
-    pub fn spawn(&mut self, namespace: &Namespace, command: &[&str]) -> anyhow::Result<()> {
+    pub fn spawn(&mut self, namespace: &Namespace, command: &[&str]) -> anyhow::Result<u32> {
         let log = self.directory.join(format!("process-{}.log", self.processes.len()));
         let log = fs::File::create(log)?;
         let mut child = namespace.command(command);
         let child = child.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn();
-        self.processes.push(child.with_context(|| format!("cannot start {}", command[0]))?);
-        Ok(())
+        let child = child.with_context(|| format!("cannot start {}", command[0]))?;
+        let pid = child.id();
+        self.processes.push(child);
+        Ok(pid)
     }
 
     /// How many of the processes it spawned still run.
@@ -346,6 +348,11 @@ impl Daemon {
             let _ = child.kill();
         }
         child.wait().is_ok_and(|status| status.success())
+    }
+
+    /// Its process, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
     }
 
     /// Stops it where it stands (SIGSTOP), or lets it go on (SIGCONT).

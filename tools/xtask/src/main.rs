@@ -1,6 +1,7 @@
-//! `cargo xtask`: setup, demo, test and ci. Each does all that it needs.
+//! `cargo xtask`: setup, demo, compare, test and ci. Each does all that it needs.
 #![forbid(unsafe_code)]
 
+mod compare;
 mod demo;
 
 use std::process::{Command, ExitCode};
@@ -33,6 +34,8 @@ enum Task {
         #[arg(long)]
         json: bool,
     },
+    /// The switch beside other switches: rates, latency, TCP, CPU, as medians and ratios.
+    Compare(compare::Options),
     /// Runs every test: units, in memory, and in network namespaces.
     Test,
     /// Formatting, lints and every test, as continuous integration does.
@@ -61,6 +64,12 @@ fn run(task: Task) -> anyhow::Result<bool> {
             setup::run()?;
             build(&PROGRAMS[..3])?;
             return demo::run(keep, json);
+        }
+        Task::Compare(options) if options.list() => {}
+        Task::Compare(options) => {
+            setup::run()?;
+            build(PROGRAMS)?;
+            compare::run(&options)?;
         }
         Task::Test => test()?,
         Task::Ci => {
