@@ -37,9 +37,10 @@ fn snapshot() -> Snapshot {
 fn read(bytes: &[u8]) -> Result<Meta, DropReason> {
     let mut umem = Umem::new(32).unwrap();
     let mut packet = umem.packet_from(bytes).unwrap();
-    let meta = parse(&mut packet, PortId(0), &snapshot(), 1);
+    let mut meta = Meta::default();
+    let parsed = parse(&mut packet, PortId(0), &snapshot(), 1, &mut meta);
     umem.free_packet(packet);
-    meta
+    parsed.map(|()| meta)
 }
 
 /// Compares all that the two have in common.

@@ -58,70 +58,90 @@ pub(crate) struct Scratch {
 
 /// What is written into a packet on its way out.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Edit {
+pub(crate) struct Edit<'a> {
     /// Of a routed packet: both MAC addresses, and one hop less.
-    pub(crate) rewrite: Option<Rewrite>,
+    pub(crate) rewrite: Option<&'a Rewrite>,
     /// Other addresses and ports.
-    pub(crate) translation: Option<Translation>,
+    pub(crate) translation: Option<&'a Translation>,
 }
 
-impl Edit {
-    pub(crate) const NONE: Edit = Edit { rewrite: None, translation: None };
+impl Edit<'_> {
+    pub(crate) const NONE: Edit<'static> = Edit { rewrite: None, translation: None };
 }
 
 impl<P: PortIo> Egress<'_, P> {
     /// Out of a port of this switch.
-    #[inline]
-    pub(crate) fn local(&mut self, mut packet: Packet, meta: &Meta, port: PortId, edit: &Edit) {
-        let Some(info) = self.snapshot.port(port) else {
-            return self.drop(packet, meta.ingress, DropReason::NoPort);
-        };
-        match self.prepare(&mut packet, meta, info, edit) {
-            Ok(l4) => {
-                let request = match meta.checksum {
-                    Checksum::Complete => None,
-                    Checksum::Partial { offset } => Some(TxChecksum { start: l4, offset }),
-                };
-                if !info.mirrors_to.is_empty() {
-                    self.mirror_to(&packet, meta, &info.mirrors_to, l4);
-                }
-                match info.limits.as_ref().and_then(|limits| limits.to.as_ref()) {
-                    None => self.send(packet, meta.ingress, port, request),
-                    Some(limit) => self.shape(packet, meta.ingress, port, limit, request),
-                }
-            }
+    pub(crate) fn local(&mut self, mut packet: Packet, meta: &Meta, port: PortId, edit: Edit<'_>) {
+        match self.prepare(&mut packet, meta, port, edit) {
+            Ok(l4) => self.send_local(packet, meta, port, l4),
             Err(reason) => self.refuse_local(packet, meta, port, reason, edit),
         }
     }
 
+    /// Out of a port of this switch, once it is [prepared](Self::prepare).
+    #[inline]
+    pub(crate) fn send_local(&mut self, packet: Packet, meta: &Meta, port: PortId, l4: u16) {
+        let Some(info) = self.snapshot.port(port) else {
+            return self.drop(packet, meta.ingress, DropReason::NoPort);
+        };
+        let request = match meta.checksum {
+            Checksum::Complete => None,
+            Checksum::Partial { offset } => Some(TxChecksum { start: l4, offset }),
+        };
+        if !info.mirrors_to.is_empty() {
+            self.mirror_to(&packet, meta, &info.mirrors_to, l4);
+        }
+        match info.limits.as_ref().and_then(|limits| limits.to.as_ref()) {
+            None => self.send(packet, meta.ingress, port, request),
+            Some(limit) => self.shape(packet, meta.ingress, port, limit, request),
+        }
+    }
+
+    /// Takes a packet that could not be prepared for a port to its end.
     #[cold]
     #[inline(never)]
-    fn refuse_local(&mut self, packet: Packet, meta: &Meta, port: PortId, reason: DropReason, edit: &Edit) {
+    pub(crate) fn refuse_local(
+        &mut self,
+        packet: Packet,
+        meta: &Meta,
+        port: PortId,
+        reason: DropReason,
+        edit: Edit<'_>,
+    ) {
         let mtu = self.snapshot.port(port).map_or(0, |port| port.mtu);
         let again = |egress: &mut Self, part: Packet, meta: &Meta| egress.local(part, meta, port, edit);
         self.refuse(packet, meta, reason, mtu, again);
     }
 
     /// Through VXLAN to a peer, or straight to it.
-    #[inline]
     pub(crate) fn encap(
         &mut self,
         mut packet: Packet,
         meta: &Meta,
         peer: PeerIndex,
         network: NetworkIndex,
-        edit: &Edit,
+        edit: Edit<'_>,
     ) {
         match self.encapsulate(&mut packet, meta, peer, network, edit) {
             Ok(port) => self.send(packet, meta.ingress, port, None),
-            Err(reason) => {
-                let mtu = self.mtu_to(peer, network, meta.hash);
-                let again = |egress: &mut Self, part: Packet, meta: &Meta| {
-                    egress.encap(part, meta, peer, network, edit);
-                };
-                self.refuse(packet, meta, reason, mtu, again);
-            }
+            Err(reason) => self.refuse_encap(packet, meta, (peer, network), reason, edit),
         }
+    }
+
+    /// Takes a packet that could not be encapsulated to its end.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn refuse_encap(
+        &mut self,
+        packet: Packet,
+        meta: &Meta,
+        (peer, network): (PeerIndex, NetworkIndex),
+        reason: DropReason,
+        edit: Edit<'_>,
+    ) {
+        let mtu = self.mtu_to(peer, network, meta.hash);
+        let again = |egress: &mut Self, part: Packet, meta: &Meta| egress.encap(part, meta, peer, network, edit);
+        self.refuse(packet, meta, reason, mtu, again);
     }
 
     /// Back to where the packet of `meta` came from: the port, the peer, or the peer behind an address of the underlay.
@@ -135,8 +155,8 @@ impl<P: PortIo> Egress<'_, P> {
             },
         };
         match came_from {
-            Some(peer) => self.encap(packet, meta, peer, meta.network, &Edit::NONE),
-            None => self.local(packet, meta, meta.ingress, &Edit::NONE),
+            Some(peer) => self.encap(packet, meta, peer, meta.network, Edit::NONE),
+            None => self.local(packet, meta, meta.ingress, Edit::NONE),
         }
     }
 
@@ -305,7 +325,14 @@ impl<P: PortIo> Egress<'_, P> {
 
     /// Makes a packet ready for a port here; where its layer 4 begins then.
     #[inline]
-    fn prepare(&mut self, packet: &mut Packet, meta: &Meta, info: &Port, edit: &Edit) -> Result<u16, DropReason> {
+    pub(crate) fn prepare(
+        &mut self,
+        packet: &mut Packet,
+        meta: &Meta,
+        port: PortId,
+        edit: Edit<'_>,
+    ) -> Result<u16, DropReason> {
+        let info = self.snapshot.port(port).ok_or(DropReason::NoPort)?;
         let PortKind::Access(access) = &info.kind else { return Err(DropReason::NoPort) };
         let tag = access.tag_of(meta.network).ok_or(DropReason::NoPort)?;
         if !fits(packet, info) {
@@ -320,6 +347,7 @@ impl<P: PortIo> Egress<'_, P> {
         Ok(meta.l4 + TAG as u16)
     }
 
+    /// Puts the headers of the way to a peer before a packet; the uplink that it leaves by.
     #[inline]
     pub(crate) fn encapsulate(
         &mut self,
@@ -327,7 +355,7 @@ impl<P: PortIo> Egress<'_, P> {
         meta: &Meta,
         peer: PeerIndex,
         network: NetworkIndex,
-        edit: &Edit,
+        edit: Edit<'_>,
     ) -> Result<PortId, DropReason> {
         let is_direct = self.snapshot.is_direct(peer, network);
         let network = self.snapshot.network(network).ok_or(DropReason::UnknownVni)?;
@@ -370,12 +398,12 @@ impl<P: PortIo> Egress<'_, P> {
     }
 
     /// Writes into a packet what its way says.
-    #[inline]
-    fn apply(&self, packet: &mut Packet, meta: &Meta, edit: &Edit) -> Result<(), DropReason> {
-        if let Some(rewrite) = &edit.rewrite {
+    #[inline(always)]
+    fn apply(&self, packet: &mut Packet, meta: &Meta, edit: Edit<'_>) -> Result<(), DropReason> {
+        if let Some(rewrite) = edit.rewrite {
             route(packet, meta, rewrite)?;
         }
-        if let Some(translation) = &edit.translation {
+        if let Some(translation) = edit.translation {
             translate(packet, meta, translation, self.umem)?;
         }
         Ok(())
@@ -412,7 +440,7 @@ pub(crate) fn fits(packet: &Packet, port: &Port) -> bool {
 }
 
 /// Both MACs, and one hop less.
-#[inline]
+#[inline(always)]
 fn route(packet: &mut Packet, meta: &Meta, rewrite: &Rewrite) -> Result<(), DropReason> {
     if meta.ttl <= 1 {
         return Err(DropReason::TtlExpired);

@@ -81,7 +81,7 @@ impl<P: PortIo> Egress<'_, P> {
                 continue;
             }
             if let Some(copy) = self.copy(&packet, meta.ingress) {
-                self.local(copy, meta, port, &Edit::NONE);
+                self.local(copy, meta, port, Edit::NONE);
             }
         }
         if meta.peer.is_none() {
@@ -91,7 +91,7 @@ impl<P: PortIo> Egress<'_, P> {
                 if !may_leave {
                     self.refuse_copy(meta.ingress);
                 } else if let Some(copy) = self.copy(&packet, meta.ingress) {
-                    self.encap(copy, meta, peer, meta.network, &Edit::NONE);
+                    self.encap(copy, meta, peer, meta.network, Edit::NONE);
                 }
             }
         }
@@ -142,7 +142,7 @@ impl<P: PortIo> Egress<'_, P> {
                     self.drop(copy, meta.ingress, DropReason::TooBigForPort);
                 }
             }
-            Mirror::Peer(peer, network) => match self.encapsulate(&mut copy, &meta, peer, network, &Edit::NONE) {
+            Mirror::Peer(peer, network) => match self.encapsulate(&mut copy, &meta, peer, network, Edit::NONE) {
                 Ok(port) => self.send(copy, meta.ingress, port, None),
                 Err(reason) => self.drop(copy, meta.ingress, reason),
             },

@@ -21,6 +21,7 @@ pub enum Verdict {
 
 /// What a flow entry does with its packets: what is changed, then the way out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(align(8))]
 pub struct Action {
     /// What to change, for routed packets.
     pub rewrite: Option<Rewrite>,
@@ -56,6 +57,10 @@ pub struct Rewrite {
 }
 
 impl Action {
+    /// To nobody; in the place of one that is not known yet.
+    pub(crate) const NONE: Action =
+        Action { rewrite: None, is_translated: false, output: Output::Port(PortId(u16::MAX)) };
+
     /// One that changes no address.
     pub fn new(rewrite: Option<Rewrite>, output: Output) -> Action {
         Action { rewrite, is_translated: false, output }

@@ -31,6 +31,9 @@ const ENTROPY_BASE: u16 = 49_152;
 /// Hops of an outer packet.
 const OUTER_TTL: u8 = 64;
 
+/// Outer headers over IPv4 without a tag.
+const V4_HEADER: usize = ETHERNET + IPV4 + UDP + VXLAN;
+
 /// Longest outer header.
 pub const MAX_HEADER: usize = ETHERNET + TAG + IPV6 + UDP + VXLAN;
 
@@ -224,7 +227,13 @@ impl OuterHeader {
     pub fn emit(&self, head: &mut [u8], vni: Vni, hash: u64, inner: usize, ecn: u8, inner_sum: impl FnOnce() -> u32) {
         let length = self.len();
         let head = &mut head[..length];
-        head.copy_from_slice(&self.bytes[..length]);
+        match head.first_chunk_mut() {
+            // The usual one by a copy whose length is known.
+            Some(head) if length == V4_HEADER => {
+                *head = *self.bytes.first_chunk::<V4_HEADER>().unwrap_or(&[0; V4_HEADER])
+            }
+            _ => head.copy_from_slice(&self.bytes[..length]),
+        }
         let udp_at = length - UDP - VXLAN;
         let l3 = usize::from(self.l3);
         let udp_length = (UDP + VXLAN + inner) as u16;

@@ -16,7 +16,7 @@ use crate::counters::OWN;
 use crate::decide::is_cacheable;
 use crate::egress::{Edit, Egress, Ports, Scratch};
 use crate::event::{Event, Events, OwnWay};
-use crate::meta::Meta;
+use crate::meta::{Fragment, Meta};
 use crate::miss::Miss;
 use crate::parse::{parse, parse_own, tag_of};
 use crate::port::PortIo;
@@ -87,8 +87,8 @@ struct Burst {
     packets: Vec<Packet>,
     /// Packets of a port with a rate, before it lets them pass.
     offered: Vec<Packet>,
-    /// Parsed packets, in order.
-    slots: Vec<Slot>,
+    /// Parsed packets, in order; written over by every burst.
+    slots: Box<[Slot]>,
     /// Positions in `slots`, by verdict.
     local: Vec<u8>,
     encap: Vec<u8>,
@@ -101,9 +101,21 @@ struct Slot {
     meta: Meta,
     /// The flow entry that may match.
     found: Option<usize>,
-    action: Option<Action>,
+    /// Meaningful from the lookup on, for a packet that goes a single way.
+    action: Action,
     /// What its addresses and ports become.
     translation: Option<Translation>,
+    /// Once it is encapsulated: the uplink.
+    to: PortId,
+    /// Once it is prepared for a port here: where its layer 4 begins.
+    l4: u16,
+}
+
+impl Default for Slot {
+    fn default() -> Slot {
+        let to = PortId(u16::MAX);
+        Slot { packet: None, meta: Meta::default(), found: None, action: Action::NONE, translation: None, to, l4: 0 }
+    }
 }
 
 impl<P: PortIo> Worker<P> {
@@ -129,7 +141,7 @@ impl<P: PortIo> Worker<P> {
             burst: Burst {
                 packets: Vec::with_capacity(BURST),
                 offered: Vec::with_capacity(BURST),
-                slots: Vec::with_capacity(BURST),
+                slots: (0..BURST).map(|_| Slot::default()).collect(),
                 local: Vec::with_capacity(BURST),
                 encap: Vec::with_capacity(BURST),
             },
@@ -243,7 +255,7 @@ impl<P: PortIo> Worker<P> {
         count_received(out.counters, ingress, std::slice::from_ref(&packet));
         match (parse_own(&packet, ingress, network, snapshot, config.seed), way) {
             (Err(reason), _) => out.drop(packet, ingress, reason),
-            (Ok(meta), OwnWay::Peer(_, peer)) => out.encap(packet, &meta, peer, network, &Edit::NONE),
+            (Ok(meta), OwnWay::Peer(_, peer)) => out.encap(packet, &meta, peer, network, Edit::NONE),
             (Ok(meta), OwnWay::Peers(_)) => out.flood_peers(packet, &meta, info),
             (Ok(meta), OwnWay::Ports(_)) => out.flood_ports(packet, &meta, info),
             (Ok(meta), _) => out.flood(packet, &meta, info),
@@ -378,7 +390,8 @@ impl<P: PortIo> Worker<P> {
         }
         let is_tagged = snapshot.underlay.vlan.is_some() && snapshot.access(ingress).is_none();
         let is_mirrored = snapshot.port(ingress).is_some_and(|port| !port.mirrors_from.is_empty());
-        for mut packet in packets.drain(..) {
+        let mut used = 0;
+        for packet in packets.drain(..) {
             if is_tagged && tagged::is_ours(&packet, snapshot) {
                 tagged::take(packet, ingress, config.seed, &mut out, events);
                 continue;
@@ -386,19 +399,23 @@ impl<P: PortIo> Worker<P> {
             // Parsing takes the tag of a trunk off; who looks sees it.
             let tag = if is_mirrored { tag_of(packet.head().data()) } else { None };
             let tagged_len = packet.len();
-            let parsed = parse(&mut packet, ingress, snapshot, config.seed)
-                .and_then(|meta| follow(fragments, meta, now_ns, config.seed));
-            match parsed {
-                Ok(meta) => {
-                    if is_mirrored {
-                        out.mirror_from(&packet, &meta, tag.filter(|_| packet.len() < tagged_len));
-                    }
-                    flows.prefetch(meta.hash);
-                    slots.push(Slot { packet: Some(packet), meta, found: None, action: None, translation: None });
+            let Slot { packet: place, meta, translation, .. } = &mut slots[used];
+            let packet = place.insert(packet);
+            let parsed = parse(packet, ingress, snapshot, config.seed, meta);
+            if let Err(reason) = parsed.and_then(|()| follow(fragments, meta, now_ns, config.seed)) {
+                if let Some(packet) = place.take() {
+                    out.drop(packet, ingress, reason);
                 }
-                Err(reason) => out.drop(packet, ingress, reason),
+                continue;
             }
+            if is_mirrored {
+                out.mirror_from(packet, meta, tag.filter(|_| packet.len() < tagged_len));
+            }
+            flows.prefetch(meta.hash);
+            *translation = None;
+            used += 1;
         }
+        let slots = &mut slots[..used];
         let epoch = connections.epoch();
         for slot in slots.iter_mut() {
             slot.found = flows.find(slot.meta.hash);
@@ -408,11 +425,13 @@ impl<P: PortIo> Worker<P> {
             let bytes = slot.packet.as_ref().map_or(0, Packet::len);
             let generation = snapshot.generation;
             let probe = Probe { key: &meta.key, generation, now_ns, bytes, seq: meta.seq, epoch };
-            slot.action = slot.found.and_then(|at| flows.hit(at, &probe));
-            if let Some(action) = slot.action {
+            if let Some(at) = slot.found
+                && let Some(action) = flows.hit(at, &probe)
+            {
+                slot.action = *action;
                 out.counters.flow_hits += 1;
-                if action.is_translated {
-                    slot.translation = slot.found.map(|at| flows.translation(at));
+                if slot.action.is_translated {
+                    slot.translation = Some(flows.translation(at));
                 }
             } else {
                 out.counters.flow_misses += 1;
@@ -421,46 +440,64 @@ impl<P: PortIo> Worker<P> {
                 if meta.is_syn {
                     flows.forget(&flow, meta.hash);
                 }
-                if let Some((action, admitted)) = miss.decide(&mut slot.packet, &mut out, events) {
-                    slot.action = Some(action);
-                    slot.translation = admitted.leaves_as;
-                    if admitted.is_lasting && is_cacheable(meta) {
-                        let leaves_as = admitted.leaves_as.as_ref();
-                        flows.insert(meta.hash, &probe, action, leaves_as, admitted.window_bits);
-                    }
+                let Some((action, admitted)) = miss.decide(&mut slot.packet, &mut out, events) else { continue };
+                slot.action = action;
+                slot.translation = admitted.leaves_as;
+                if admitted.is_lasting && is_cacheable(meta) {
+                    let leaves_as = admitted.leaves_as.as_ref();
+                    flows.insert(meta.hash, &probe, action, leaves_as, admitted.window_bits);
                 }
             }
-            match slot.action.map(|action| action.output) {
-                Some(Output::Encap { .. }) => encap.push(at as u8),
-                Some(Output::Port(_)) => local.push(at as u8),
-                Some(Output::Deny(rule)) => {
+            match slot.action.output {
+                Output::Encap { .. } => encap.push(at as u8),
+                Output::Port(_) => local.push(at as u8),
+                Output::Deny(rule) => {
                     if let Some(packet) = slot.packet.take() {
                         out.counters.deny(rule);
                         out.drop(packet, slot.meta.ingress, DropReason::PolicyDenied);
                     }
                 }
-                None => {}
+            }
+        }
+        // First every header, then every packet: what was just written by the byte is not read at once by the word.
+        for &at in encap.iter() {
+            let Slot { packet: place, meta, action, translation, to, .. } = &mut slots[usize::from(at)];
+            let edit = Edit { rewrite: action.rewrite.as_ref(), translation: translation.as_ref() };
+            if let (Some(packet), Output::Encap { peer, network }) = (&mut *place, action.output) {
+                match out.encapsulate(packet, meta, peer, network, edit) {
+                    Ok(uplink) => *to = uplink,
+                    Err(reason) => {
+                        place.take().into_iter().for_each(|packet| {
+                            out.refuse_encap(packet, meta, (peer, network), reason, edit);
+                        });
+                    }
+                }
+            }
+        }
+        for &at in local.iter() {
+            let Slot { packet: place, meta, action, translation, l4, .. } = &mut slots[usize::from(at)];
+            let edit = Edit { rewrite: action.rewrite.as_ref(), translation: translation.as_ref() };
+            if let (Some(packet), Output::Port(port)) = (&mut *place, action.output) {
+                match out.prepare(packet, meta, port, edit) {
+                    Ok(start) => *l4 = start,
+                    Err(reason) => {
+                        place.take().into_iter().for_each(|packet| out.refuse_local(packet, meta, port, reason, edit));
+                    }
+                }
             }
         }
         for at in encap.drain(..) {
-            let slot = &mut slots[usize::from(at)];
-            if let (Some(packet), Some(Action { rewrite, output: Output::Encap { peer, network }, .. })) =
-                (slot.packet.take(), slot.action)
-            {
-                let edit = Edit { rewrite, translation: slot.translation };
-                out.encap(packet, &slot.meta, peer, network, &edit);
+            let Slot { packet, meta, to, .. } = &mut slots[usize::from(at)];
+            if let Some(packet) = packet.take() {
+                out.send(packet, meta.ingress, *to, None);
             }
         }
         for at in local.drain(..) {
-            let slot = &mut slots[usize::from(at)];
-            if let (Some(packet), Some(Action { rewrite, output: Output::Port(port), .. })) =
-                (slot.packet.take(), slot.action)
-            {
-                let edit = Edit { rewrite, translation: slot.translation };
-                out.local(packet, &slot.meta, port, &edit);
+            let Slot { packet, meta, action, l4, .. } = &mut slots[usize::from(at)];
+            if let (Some(packet), Output::Port(port)) = (packet.take(), action.output) {
+                out.send_local(packet, meta, port, *l4);
             }
         }
-        slots.clear();
     }
 
     /// Flushes every port that has something under way; what the kernel did not take stays for the next turn.
@@ -485,13 +522,26 @@ fn count_received(counters: &mut Counters, ingress: PortId, packets: &[Packet]) 
 }
 
 /// A fragment belongs to the flow of its datagram.
-fn follow(fragments: &mut Fragments, mut meta: Meta, now_ns: u64, seed: u64) -> Result<Meta, DropReason> {
-    if let Some(fragment) = meta.fragment {
-        let own = meta.has_l4().then(|| meta.key.fields().ports);
-        let key = DatagramKey::of(&meta, fragment);
-        if let Some(ports) = fragments.follow(now_ns, key, key.hash(seed), fragment, own)? {
-            meta.lend_ports(ports, seed);
-        }
+#[inline(always)]
+fn follow(fragments: &mut Fragments, meta: &mut Meta, now_ns: u64, seed: u64) -> Result<(), DropReason> {
+    match meta.fragment {
+        None => Ok(()),
+        Some(fragment) => follow_fragment(fragments, meta, fragment, now_ns, seed),
     }
-    Ok(meta)
+}
+
+#[cold]
+fn follow_fragment(
+    fragments: &mut Fragments,
+    meta: &mut Meta,
+    fragment: Fragment,
+    now_ns: u64,
+    seed: u64,
+) -> Result<(), DropReason> {
+    let own = meta.has_l4().then(|| meta.key.fields().ports);
+    let key = DatagramKey::of(meta, fragment);
+    if let Some(ports) = fragments.follow(now_ns, key, key.hash(seed), fragment, own)? {
+        meta.lend_ports(ports, seed);
+    }
+    Ok(())
 }

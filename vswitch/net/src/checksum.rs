@@ -28,7 +28,19 @@ pub fn sum(bytes: &[u8]) -> u32 {
     u32::from(u16::from_be_bytes(folded.to_ne_bytes()))
 }
 
+/// The folded sum of an IPv4 header without options: all ones if its checksum is right (RFC 791 section 3.1).
+#[inline(always)]
+pub fn fold_header(header: &[u8; 20]) -> u16 {
+    let word = |at: usize| u64::from(u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]));
+    let wide = word(0) + word(4) + word(8) + word(12) + word(16);
+    let wide = (wide & 0xffff_ffff) + (wide >> 32);
+    let wide = (wide & 0xffff) + (wide >> 16);
+    let wide = (wide & 0xffff) + (wide >> 16);
+    u16::from_be_bytes((((wide & 0xffff) + (wide >> 16)) as u16).to_ne_bytes())
+}
+
 /// Folds the carries back until 16 bits are left.
+#[inline]
 pub fn fold(mut sum: u32) -> u16 {
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
@@ -37,11 +49,13 @@ pub fn fold(mut sum: u32) -> u16 {
 }
 
 /// The checksum of a sum: its folded complement.
+#[inline]
 pub fn finish(sum: u32) -> u16 {
     !fold(sum)
 }
 
 /// As [`finish`], for UDP: an all-zero result is sent as all ones (RFC 768).
+#[inline]
 pub fn finish_udp(sum: u32) -> u16 {
     match finish(sum) {
         0 => 0xffff,
@@ -55,6 +69,7 @@ pub fn pseudo_v6(source: Ipv6Addr, destination: Ipv6Addr, protocol: u8, length: 
 }
 
 /// The checksum after one 16-bit word under it changed from `old` to `new` (RFC 1624, equation 3).
+#[inline]
 pub fn update(checksum: u16, old: u16, new: u16) -> u16 {
     finish(u32::from(!checksum) + u32::from(!old) + u32::from(new))
 }
@@ -92,6 +107,16 @@ mod tests {
             }
         }
         assert_eq!(fold(sum(&[0xff; 64])), 0xffff);
+    }
+
+    #[test]
+    fn a_header_is_summed_like_any_bytes() {
+        for start in 0..=255_u8 {
+            let header: [u8; 20] = std::array::from_fn(|at| start.wrapping_mul(at as u8 ^ 0x5a).wrapping_add(start));
+            assert_eq!(fold_header(&header), naive(&header));
+        }
+        assert_eq!(fold_header(&[0xff; 20]), 0xffff);
+        assert_eq!(fold_header(&[0; 20]), 0);
     }
 
     #[test]

@@ -26,11 +26,11 @@
 //!
 //! Open vSwitch's exact-match cache and OPTE's unified flow table have the same purpose; epochs are OPTE's word.
 
-use vswitch_xsk::prefetch;
+use vswitch_xsk::{filled, prefetch};
 
 use crate::meta::FlowKey;
 use crate::translate::Translation;
-use crate::verdict::{Action, Output};
+use crate::verdict::Action;
 
 /// An entry is decided anew after this time.
 pub const LIFETIME_NS: u64 = 5_000_000_000;
@@ -103,7 +103,7 @@ const UNUSED: FlowEntry = FlowEntry {
     used_ns: 0,
     packets: 0,
     bytes: 0,
-    action: Action { rewrite: None, is_translated: false, output: Output::Port(vswitch_net::PortId(u16::MAX)) },
+    action: Action::NONE,
 };
 
 impl FlowTable {
@@ -111,8 +111,9 @@ impl FlowTable {
     pub fn new(entries: usize) -> FlowTable {
         let entries = entries.max(16).next_power_of_two();
         FlowTable {
-            tags: vec![[0; WAYS]; entries / WAYS].into_boxed_slice(),
-            entries: vec![UNUSED; entries].into_boxed_slice(),
+            tags: filled([0; WAYS], entries / WAYS),
+            entries: filled(UNUSED, entries),
+            // Of zeros that the kernel gives when they are written to: most workers never translate.
             translations: vec![[0; 5]; entries].into_boxed_slice(),
             mask: entries / WAYS - 1,
         }
@@ -140,12 +141,12 @@ impl FlowTable {
     /// The action of the flow at `at`, if key and generation match, it has not expired, and the sequence number is near the
     /// last one; counts the packet.
     #[inline(always)]
-    pub(crate) fn hit(&mut self, at: usize, probe: &Probe<'_>) -> Option<Action> {
+    pub(crate) fn hit(&mut self, at: usize, probe: &Probe<'_>) -> Option<&Action> {
         let entry = &mut self.entries[at];
         let distance = probe.seq.wrapping_sub(entry.seq);
         if entry.generation != probe.generation as u32
             || (tick(probe.now_ns).wrapping_sub(entry.expires) as i32) >= 0
-            || entry.key != *probe.key
+            || !entry.key.is_same(probe.key)
             || (distance as i32).unsigned_abs() >> entry.window_bits != 0
             || (entry.action.is_translated && epoch_of(&self.translations[at]) != probe.epoch)
         {
@@ -157,7 +158,7 @@ impl FlowTable {
         entry.used_ns = probe.now_ns;
         entry.packets += 1;
         entry.bytes += probe.bytes as u64;
-        Some(entry.action)
+        Some(&entry.action)
     }
 
     /// What the packets of the flow at `at` become, if its action says that they are translated.
@@ -263,6 +264,7 @@ mod tests {
     use vswitch_net::PortId;
 
     use super::*;
+    use crate::verdict::Output;
 
     const SEED: u64 = 0x5eed_5eed_1234_abcd;
 
@@ -272,7 +274,7 @@ mod tests {
 
     fn lookup(table: &mut FlowTable, key: &FlowKey, generation: u64, now_ns: u64) -> Option<Action> {
         let at = table.find(key.hash(SEED))?;
-        table.hit(at, &Probe { key, generation, now_ns, bytes: 64, seq: 0, epoch: 0 })
+        table.hit(at, &Probe { key, generation, now_ns, bytes: 64, seq: 0, epoch: 0 }).copied()
     }
 
     fn insert(table: &mut FlowTable, key: &FlowKey, generation: u64, now_ns: u64, action: Action) {
