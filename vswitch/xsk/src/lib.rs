@@ -42,6 +42,7 @@
 mod area;
 mod bind;
 mod frame;
+mod huge;
 mod prefetch;
 mod program;
 pub mod ring;
@@ -51,6 +52,7 @@ mod umem;
 
 pub use bind::{BindError, Binder, BoundSocket, ZeroCopy};
 pub use frame::{Frame, HEADROOM, MAX_FRAMES, Packet};
+pub use huge::filled;
 pub use prefetch::prefetch;
 pub use program::{AttachedProgram, ProgramError, Role, Vtep, XdpMode, XdpPreference};
 pub use socket::{Closing, CopyMode, KickCounters, SocketStatistics, TxChecksum, XskSocket};

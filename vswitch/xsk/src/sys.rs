@@ -119,6 +119,17 @@ pub(crate) fn map_anonymous(bytes: usize) -> io::Result<NonNull<u8>> {
     Ok(base)
 }
 
+/// Asks for huge pages under memory that nobody has written to yet. A hint only: failure changes nothing.
+pub(crate) fn advise_huge<T>(memory: &mut [mem::MaybeUninit<T>]) {
+    const PAGE: usize = 4096;
+    let (start, bytes) = (memory.as_mut_ptr() as usize, size_of_val(memory));
+    let (first, end) = (start.next_multiple_of(PAGE), (start + bytes) / PAGE * PAGE);
+    if first < end {
+        // SAFETY: whole pages inside memory that is ours by `&mut`; the advice changes neither contents nor protection.
+        unsafe { libc::madvise(first as *mut c_void, end - first, libc::MADV_HUGEPAGE) };
+    }
+}
+
 /// Unmaps what one of the two functions above mapped.
 ///
 /// # Safety
