@@ -118,6 +118,28 @@ fn what_is_far_out_of_the_window_is_counted() {
 }
 
 #[test]
+fn a_fast_connection_may_send_gigabytes_between_two_judgements() {
+    let mut pair = Pair::new(ConnectionConfig::default());
+    pair.open();
+    let mut seq = 1001_u32;
+    // A flow entry lives for five seconds: at 20 Gbit/s the numbers come round thrice.
+    for judgement in 0..12 {
+        for _ in 0..150 * (judgement % 4) {
+            seq = seq.wrapping_add(8_000_000);
+            assert_eq!(pair.tcp(By::A, ACK | PSH, seq, 5001, b"x"), None, "{judgement}");
+        }
+        pair.switch.now_ns += 6 * SECOND;
+        seq = seq.wrapping_add(1);
+        assert_eq!(pair.tcp(By::A, ACK | PSH, seq, 5001, b"x"), None, "{judgement}");
+        assert_eq!(
+            pair.tcp(By::A, ACK | PSH, seq.wrapping_add(40_000_000), 5001, b"x"),
+            Some(DropReason::TcpWindow),
+            "{judgement}"
+        );
+    }
+}
+
+#[test]
 fn what_no_stack_sends_is_counted_by_reason() {
     let mut pair = Pair::new(ConnectionConfig::default());
     for flags in [SYN | FIN, SYN | RST, 0, PSH] {

@@ -23,13 +23,18 @@ use crate::verdict::DropReason;
 pub(crate) const FIN: u8 = 1;
 pub(crate) const SYN: u8 = 2;
 pub(crate) const RST: u8 = 4;
+pub(crate) const PSH: u8 = 8;
 pub(crate) const ACK: u8 = 16;
+pub(crate) const URG: u8 = 32;
+/// Congestion window reduced (RFC 3168 section 6.1).
+pub(crate) const CWR: u8 = 128;
 
 /// Flags whose segments change a connection's state, and so never take the flow table's way.
 pub(crate) const CONTROL: u8 = FIN | SYN | RST;
 
-/// Largest shift of a window (RFC 7323 section 2.3).
+/// Largest shift of a window (RFC 7323 section 2.3), and what is announced with it at most.
 const MAX_SHIFT: u8 = 14;
+const MAX_WINDOW: i32 = 0xffff << MAX_SHIFT;
 
 /// What is known of windows when the handshake was not seen: as much as may be.
 const UNKNOWN_SHIFT: u8 = MAX_SHIFT;
@@ -167,12 +172,15 @@ pub(crate) fn advance(
     }
     if is_known(entry, from) {
         let is_stale = last.is_none() && now_ns.saturating_sub(entry.used_ns) > STALE_NS;
-        let newest = last.map_or(entry.ends[from].next, |last| newer(last, entry.ends[from].next));
-        let distance = segment.seq.wrapping_sub(newest) as i32;
-        if !is_stale && distance.unsigned_abs() > window(&entry.ends[to]) {
+        // Either may be the newer: the flow table's is of this worker, this one of the last segment that somebody judged. Which
+        // one cannot be told from the numbers, for between two judgements they may have come half round.
+        let window = window(&entry.ends[to]);
+        let is_near = |seen: u32| (segment.seq.wrapping_sub(seen) as i32).unsigned_abs() <= window;
+        let is_far = !is_near(entry.ends[from].next) && !last.is_some_and(is_near);
+        if !is_stale && is_far {
             return Err(DropReason::TcpWindow);
         }
-        if is_stale && segment.has(RST) && distance.unsigned_abs() > window(&entry.ends[to]) {
+        if is_stale && is_far && segment.has(RST) {
             // Nobody here knows; its receiver does.
             return Ok(());
         }
@@ -249,15 +257,14 @@ pub(crate) fn window_bits(entry: &Entry, from: usize) -> u8 {
     17 + entry.ends[1 - from].shift.min(MAX_SHIFT - 1)
 }
 
-/// The later of two numbers.
-fn newer(one: u32, other: u32) -> u32 {
-    if (one.wrapping_sub(other) as i32) > 0 { one } else { other }
-}
-
 impl End {
     /// Takes note of the number after a segment's last byte.
     fn see(&mut self, end: u32) {
-        self.next = if self.is_seen { newer(end, self.next) } else { end };
+        let ahead = end.wrapping_sub(self.next) as i32;
+        // What lies behind by more than any window is not old: numbers came round since the last judgement.
+        if !self.is_seen || !(-MAX_WINDOW..=0).contains(&ahead) {
+            self.next = end;
+        }
         self.is_seen = true;
     }
 }
