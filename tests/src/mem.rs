@@ -242,7 +242,7 @@ impl Switch {
         if self.counters().held == 0 {
             assert_eq!(umem.free_chunks(), umem.chunks(), "frames that did not come home");
         }
-        assert_eq!(self.counters().balance(), Ok(()), "rx = tx + drops - copies");
+        assert_eq!(self.counters().balance(), Ok(()), "rx = tx + drops + merged - copies");
     }
 
     /// Sends one packet and gives the reason why it was dropped, if it was.

@@ -13,6 +13,7 @@ mod host;
 mod lan;
 mod model;
 mod nat;
+mod offload;
 mod oracle;
 mod policy;
 mod policy_cases;

@@ -18,9 +18,14 @@ type Nodes = (Twin, [Vec<PortInfo>; 2]);
 /// Each pod of the first node sends to one of the second; true bytes in true order must come out.
 ///
 /// smoltcp takes no ARP answer from a gateway outside its prefix, so its IPv4 is tried bridged and its IPv6 routed.
-fn exchange((mut twin, ports): Nodes) -> Twin {
+fn exchange(nodes: Nodes) -> Twin {
+    exchange_of(1400, nodes)
+}
+
+/// The same by pods whose links have this MTU.
+pub(super) fn exchange_of(mtu: usize, (mut twin, ports): Nodes) -> Twin {
     for (pods, infos) in twin.pods.iter_mut().zip(&ports) {
-        *pods = infos.iter().map(|info| Pod::new(info, 1400)).collect();
+        *pods = infos.iter().map(|info| Pod::new(info, mtu)).collect();
     }
     for (number, info) in ports[1].iter().enumerate() {
         twin.pods[1][number].listen(80);

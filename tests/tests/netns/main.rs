@@ -89,10 +89,11 @@ fn assert_balanced(daemon: &Daemon) {
     });
     assert!(
         balanced.is_ok(),
-        "rx {} tx {} drops {} copies {}",
+        "rx {} tx {} drops {} merged {} copies {}",
         stats["rx_packets"],
         stats["tx_packets"],
         stats["drops"],
+        stats["merged"],
         stats["copies"]
     );
 }

@@ -377,12 +377,13 @@ fn print_stats(out: &mut impl Write, stats: &StatsInfo, is_show: bool) -> io::Re
             &port.tx_bytes,
             &port.drops,
             &port.copies,
+            &port.merged,
             &port.tx_refused,
         ])
     };
     table(
         out,
-        ["ID", "LINK", "RX PACKETS", "RX BYTES", "TX PACKETS", "TX BYTES", "DROPS", "COPIES", "TX REFUSED"],
+        ["ID", "LINK", "RX PACKETS", "RX BYTES", "TX PACKETS", "TX BYTES", "DROPS", "COPIES", "MERGED", "TX REFUSED"],
         stats.ports.iter().map(port),
     )?;
     if is_show {
@@ -417,11 +418,12 @@ fn print_stats(out: &mut impl Write, stats: &StatsInfo, is_show: bool) -> io::Re
     }
     writeln!(
         out,
-        "all: rx {} {} tx {} + drops {} - copies {}",
+        "all: rx {} {} tx {} + drops {} + merged {} - copies {}",
         stats.rx_packets,
         if stats.is_balanced { "=" } else { "!=" },
         stats.tx_packets,
         stats.drops,
+        stats.merged,
         stats.copies
     )
 }

@@ -71,9 +71,12 @@ pub struct StatsInfo {
     pub tx_packets: u64,
     /// Packets dropped.
     pub drops: u64,
-    /// Extra packets made by flooding.
+    /// Extra packets made by flooding and by cutting large ones.
     pub copies: u64,
-    /// Whether `rx = tx + drops - copies`.
+    /// Packets that were joined to the one before.
+    #[serde(default)]
+    pub merged: u64,
+    /// Whether `rx = tx + drops + merged - copies`.
     pub is_balanced: bool,
 }
 
@@ -96,6 +99,9 @@ pub struct PortStats {
     pub drops: u64,
     /// Extra packets made of what it sent.
     pub copies: u64,
+    /// Packets from it that were joined to the one before.
+    #[serde(default)]
+    pub merged: u64,
     /// Packets it could not take.
     pub tx_refused: u64,
     /// Its sockets.

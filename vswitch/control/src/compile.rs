@@ -81,6 +81,7 @@ impl Control {
             let (mirrors_from, mirrors_to) = self.mirrors_of(&entry.record.spec.link);
             let port = Port {
                 mtu: entry.record.mtu,
+                tcp_mtu: entry.record.mtu,
                 kind,
                 policy: self.policy.subject(*id),
                 limits: entry.limits.clone(),
@@ -98,7 +99,9 @@ impl Control {
             // The host routes: packets of all the world come from it, but none of a pod.
             let access = Access::new(network.index, host.mac, routers(&network.spec), SenderCheck::Elsewhere);
             let policy = self.policy.compiler.host_subject();
-            (HOST_PORT.index(), Port { policy, ..Port::new(POD_LINK_MTU, PortKind::Access(access)) })
+            // What the host forwards must fit the wire; nothing tells its stack where to cut.
+            let tcp_mtu = self.wire_mtu(&network.spec);
+            (HOST_PORT.index(), Port { policy, tcp_mtu, ..Port::new(POD_LINK_MTU, PortKind::Access(access)) })
         });
         by_index(access.chain(uplinks).chain(host))
     }

@@ -76,6 +76,7 @@ impl Control {
             tx_packets: total.tx_packets,
             drops: total.dropped(),
             copies: total.copies,
+            merged: total.merged,
             is_balanced: workers.iter().all(|worker| worker.counters.balance().is_ok()),
         }
     }
@@ -106,6 +107,7 @@ impl Control {
             tx_bytes: sum.tx_bytes,
             drops: sum.dropped(),
             copies: sum.copies,
+            merged: sum.merged,
             tx_refused: sum.tx_refused,
             sockets,
         }

@@ -18,8 +18,10 @@ pub struct PortCounters {
     pub tx_bytes: u64,
     /// Packets this port could not take; each is a drop of the port it came from.
     pub tx_refused: u64,
-    /// Extra packets made by flooding what this port sent.
+    /// Extra packets made of what this port sent, by flooding it or cutting it.
     pub copies: u64,
+    /// Packets from this port that became part of the one before.
+    pub merged: u64,
     /// Packets from this port that were dropped, by reason.
     pub drops: [u64; DropReason::COUNT],
 }
@@ -69,6 +71,7 @@ impl Default for PortCounters {
             tx_bytes: 0,
             tx_refused: 0,
             copies: 0,
+            merged: 0,
             drops: [0; DropReason::COUNT],
         }
     }
@@ -88,6 +91,7 @@ impl PortCounters {
         self.tx_bytes += other.tx_bytes;
         self.tx_refused += other.tx_refused;
         self.copies += other.copies;
+        self.merged += other.merged;
         for (mine, theirs) in self.drops.iter_mut().zip(&other.drops) {
             *mine += theirs;
         }
@@ -152,14 +156,14 @@ impl Counters {
         }
     }
 
-    /// Checks `rx = tx + drops - copies` over all ports, with what waits under way; the two sides if they differ.
+    /// Checks `rx = tx + drops + merged - copies` over all ports, with what waits under way; the two sides if they differ.
     ///
     /// # Errors
     ///
     /// Both sides, received first.
     pub fn balance(&self) -> Result<(), (u64, u64)> {
         let total = self.total();
-        let ended = (total.tx_packets + total.dropped() + self.held).wrapping_sub(total.copies);
+        let ended = (total.tx_packets + total.dropped() + total.merged + self.held).wrapping_sub(total.copies);
         if total.rx_packets == ended { Ok(()) } else { Err((total.rx_packets, ended)) }
     }
 }

@@ -11,12 +11,14 @@ use vswitch_xsk::{Packet, TxChecksum, Umem};
 use crate::bucket::Bucket;
 use crate::counters::Counters;
 use crate::icmp::{self, Speaker};
+use crate::intact::is_intact;
 use crate::meta::{Checksum, Kind, Meta};
-use crate::parse::UDP;
+use crate::offload::{NoFrame, Segments};
+use crate::parse::{TCP, UDP};
 use crate::port::PortIo;
 use crate::segment;
 use crate::shape::{Held, Queue, Shaped, may_wait};
-use crate::snapshot::{NetworkMode, Path, Port, PortKind, Snapshot};
+use crate::snapshot::{Access, NetworkMode, Path, Port, PortKind, Snapshot};
 use crate::table::route::NextHop;
 use crate::translate::{Translation, translate};
 use crate::verdict::{DropReason, Rewrite};
@@ -108,7 +110,8 @@ impl<P: PortIo> Egress<'_, P> {
         reason: DropReason,
         edit: Edit<'_>,
     ) {
-        let mtu = self.snapshot.port(port).map_or(0, |port| port.mtu);
+        let most = |port: &Port| if meta.protocol == TCP { port.tcp_mtu } else { port.mtu };
+        let mtu = self.snapshot.port(port).map_or(0, most);
         let again = |egress: &mut Self, part: Packet, meta: &Meta| egress.local(part, meta, port, edit);
         self.refuse(packet, meta, reason, mtu, again);
     }
@@ -161,7 +164,7 @@ impl<P: PortIo> Egress<'_, P> {
     }
 
     /// A packet that goes no further. Where a router must say so, it does (RFC 1812 section 4.3); and what is too big and
-    /// may be cut is cut, each piece going on by `again`.
+    /// may be cut, as TCP always may, is cut, each piece going on by `again`.
     pub(crate) fn refuse(
         &mut self,
         mut packet: Packet,
@@ -171,6 +174,9 @@ impl<P: PortIo> Egress<'_, P> {
         again: impl Fn(&mut Self, Packet, &Meta),
     ) {
         let is_too_big = matches!(reason, DropReason::TooBigForWire | DropReason::TooBigForPort);
+        if is_too_big && let Some(segments) = Segments::of(&packet, meta, mtu as usize) {
+            return self.segment(packet, meta, segments, again);
+        }
         if is_too_big && segment::may_fragment(meta, packet.head().data()) {
             return self.fragment(packet, meta, mtu as usize, again);
         }
@@ -237,6 +243,32 @@ impl<P: PortIo> Egress<'_, P> {
                 Some(Speaker { address: destination, macs: (meta.destination, meta.source) })
             }
             NetworkMode::Bridged => None,
+        }
+    }
+
+    /// Cuts a TCP packet into segments that fit.
+    fn segment(
+        &mut self,
+        packet: Packet,
+        meta: &Meta,
+        mut segments: Segments,
+        again: impl Fn(&mut Self, Packet, &Meta),
+    ) {
+        // The segments get checksums of their own: what is damaged must not become right.
+        if !is_intact(&packet, self.umem, meta) {
+            return self.drop(packet, meta.ingress, DropReason::BadChecksum);
+        }
+        let mut count = 0;
+        while let Some(next) = segments.next(&packet, meta, self.umem) {
+            count += 1;
+            match next {
+                Ok((segment, meta)) => again(self, segment, &meta),
+                Err(NoFrame) => self.counters.drop(meta.ingress, DropReason::NoFrames),
+            }
+        }
+        self.umem.free_packet(packet);
+        if let Some(counters) = self.counters.port_mut(meta.ingress) {
+            counters.copies = counters.copies.wrapping_add(count).wrapping_sub(1);
         }
     }
 
@@ -335,7 +367,7 @@ impl<P: PortIo> Egress<'_, P> {
         let info = self.snapshot.port(port).ok_or(DropReason::NoPort)?;
         let PortKind::Access(access) = &info.kind else { return Err(DropReason::NoPort) };
         let tag = access.tag_of(meta.network).ok_or(DropReason::NoPort)?;
-        if !fits(packet, info) {
+        if !fits(packet, info) || (meta.l3_len > info.tcp_mtu && goes_beyond(meta, access)) {
             return Err(DropReason::TooBigForPort);
         }
         if meta.is_syn && meta.peer.is_some() {
@@ -426,6 +458,13 @@ impl<P: PortIo> Ports<P> {
             self.busy.push(port);
         }
     }
+}
+
+/// True for TCP that is for somebody behind a port, and not for the port's own addresses.
+#[cold]
+fn goes_beyond(meta: &Meta, access: &Access) -> bool {
+    let is_own = meta.addresses().is_some_and(|(_, destination)| access.addresses.contains(&destination));
+    meta.protocol == TCP && !is_own
 }
 
 fn is_tagged(head: &[u8]) -> bool {

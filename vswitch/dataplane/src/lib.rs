@@ -13,7 +13,7 @@
 //!
 //! # Counting
 //!
-//! Every packet ends in exactly one counter: `rx = tx + drops - copies`, where a copy is one more packet made by
+//! Every packet ends in exactly one counter: `rx = tx + drops + merged - copies`, where a copy is one more packet made by
 //! flooding. See [`Counters`].
 #![forbid(unsafe_code)]
 
@@ -30,6 +30,7 @@ pub mod meta;
 mod miss;
 mod multicast;
 mod nat;
+mod offload;
 pub mod parse;
 mod port;
 mod replicate;

@@ -289,6 +289,12 @@ impl Meta {
     pub fn addresses(&self) -> Option<(IpAddr, IpAddr)> {
         self.key.fields().addresses
     }
+
+    /// The same as words, source first.
+    pub(crate) fn address_words(&self) -> ([u64; 2], [u64; 2]) {
+        let [.., s0, s1, d0, d1] = self.key.0;
+        ([s0, s1], [d0, d1])
+    }
 }
 
 /// The words of an address, as a key has them.

@@ -76,6 +76,8 @@ pub struct Underlay {
 pub struct Port {
     /// Largest IP packet of the link, bytes.
     pub mtu: u32,
+    /// Largest TCP packet, bytes: larger ones are cut. Less than the link's where what is behind it forwards.
+    pub tcp_mtu: u32,
     /// What it leads to.
     pub kind: PortKind,
     /// What policies say of it.
@@ -257,6 +259,7 @@ impl Port {
     pub fn new(mtu: u32, kind: PortKind) -> Port {
         Port {
             mtu,
+            tcp_mtu: mtu,
             kind,
             policy: Subject::default(),
             limits: None,

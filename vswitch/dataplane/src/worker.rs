@@ -18,7 +18,8 @@ use crate::egress::{Edit, Egress, Ports, Scratch};
 use crate::event::{Event, Events, OwnWay};
 use crate::meta::{Fragment, Meta};
 use crate::miss::Miss;
-use crate::parse::{parse, parse_own, tag_of};
+use crate::offload::{self, Coalesce, Offer};
+use crate::parse::{TCP, parse, parse_own, tag_of};
 use crate::port::PortIo;
 use crate::shape::{Held, Queue, Shaped, may_wait};
 use crate::snapshot::Snapshot;
@@ -92,6 +93,7 @@ struct Burst {
     /// Positions in `slots`, by verdict.
     local: Vec<u8>,
     encap: Vec<u8>,
+    coalesce: Coalesce,
 }
 
 /// One packet of a burst; taken out when it leaves.
@@ -144,6 +146,7 @@ impl<P: PortIo> Worker<P> {
                 slots: (0..BURST).map(|_| Slot::default()).collect(),
                 local: Vec::with_capacity(BURST),
                 encap: Vec::with_capacity(BURST),
+                coalesce: Coalesce::default(),
             },
             config,
         }
@@ -383,7 +386,7 @@ impl<P: PortIo> Worker<P> {
     /// The walk of one burst: parse all, look all up, decide about the misses, then one loop a verdict.
     fn process(&mut self, ingress: PortId, now_ns: u64, snapshot: &Snapshot) {
         let Worker { umem, ports, flows, counters, events, fragments, connections, scratch, burst, config, .. } = self;
-        let Burst { packets, slots, local, encap, .. } = burst;
+        let Burst { packets, slots, local, encap, coalesce, .. } = burst;
         let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns, is_quiet: false };
         for packet in packets.iter() {
             prefetch(packet.head().first_byte());
@@ -459,6 +462,9 @@ impl<P: PortIo> Worker<P> {
                 }
             }
         }
+        if snapshot.access(ingress).is_none() && local.len() > 1 {
+            join_segments(slots, local, coalesce, &mut out);
+        }
         // First every header, then every packet: what was just written by the byte is not read at once by the word.
         for &at in encap.iter() {
             let Slot { packet: place, meta, action, translation, to, .. } = &mut slots[usize::from(at)];
@@ -511,6 +517,37 @@ impl<P: PortIo> Worker<P> {
             is_busy[port.index()] = !done;
             !done
         });
+    }
+}
+
+/// Makes large packets of TCP from the wire, where the receiver takes them.
+fn join_segments<P: PortIo>(slots: &mut [Slot], local: &[u8], coalesce: &mut Coalesce, out: &mut Egress<'_, P>) {
+    coalesce.clear();
+    for &at in local {
+        let (before, rest) = slots.split_at_mut(usize::from(at));
+        let Slot { packet, meta, action, .. } = &mut rest[0];
+        let info = if let Output::Port(port) = action.output { out.snapshot.port(port) } else { None };
+        let (Some(data), Some(info)) = (&*packet, info) else { continue };
+        if meta.protocol != TCP || info.limits.is_some() || !info.mirrors_to.is_empty() {
+            continue;
+        }
+        let Offer::Follows(place) = coalesce.offer(at, data, meta, out.umem) else { continue };
+        let first = &mut before[usize::from(place)];
+        let (Some(whole), Some(next)) = (&mut first.packet, packet.take()) else { continue };
+        match offload::join(whole, &mut first.meta, next, meta, info.tcp_mtu, out.umem) {
+            Ok(may_go_on) => {
+                if let Some(counters) = out.counters.port_mut(meta.ingress) {
+                    counters.merged += 1;
+                }
+                if !may_go_on {
+                    coalesce.close(place);
+                }
+            }
+            Err(next) => {
+                *packet = Some(next);
+                coalesce.replace(place, at);
+            }
+        }
     }
 }
 

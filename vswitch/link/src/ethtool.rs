@@ -13,13 +13,9 @@ use crate::{Kernel, LinkError, Netns};
 
 /// What a pod must not leave to a device that is not there.
 ///
-/// A frame of the switch does not say into what pieces it should be cut, nor that it wants a CRC. Checksums of TCP and
-/// UDP stay offloaded: the switch completes or hands them on. Local TCP has large segments by the link's MTU.
+/// A frame of the switch does not say into what datagrams it should be cut, nor that it wants a CRC. Checksums of TCP and
+/// UDP stay offloaded: the switch completes or hands them on.
 const OFF: &[&str] = &[
-    "tx-tcp-segmentation",
-    "tx-tcp6-segmentation",
-    "tx-tcp-ecn-segmentation",
-    "tx-tcp-mangleid-segmentation",
     "tx-udp-segmentation",
     "tx-gre-segmentation",
     "tx-gre-csum-segmentation",
@@ -30,6 +26,10 @@ const OFF: &[&str] = &[
     "tx-sctp-segmentation",
     "tx-checksum-sctp",
 ];
+
+/// Cutting TCP, which the switch does where it must: in the path's size, which the sender's is too.
+const TCP: &[&str] =
+    &["tx-tcp-segmentation", "tx-tcp6-segmentation", "tx-tcp-ecn-segmentation", "tx-tcp-mangleid-segmentation"];
 
 const FEATURES_SET: u8 = 12;
 const CHANNELS_GET: u8 = 17;
@@ -45,12 +45,12 @@ const BIT_NAME: u16 = 2;
 /// The kernel's answers for a feature that it does not know or that the device does not have.
 const UNKNOWN: [i32; 2] = [22, 95];
 
-/// Turns the offloads off on a link, here or in another namespace.
+/// Turns the offloads off on a link, here or in another namespace; that of TCP too unless it `may_segment`.
 ///
 /// # Errors
 ///
 /// [`LinkError::Refused`], not for features that the kernel does not know.
-pub(crate) async fn turn_off(netns: Option<&Netns>, ifname: &str) -> Result<(), LinkError> {
+pub(crate) async fn turn_off(netns: Option<&Netns>, ifname: &str, may_segment: bool) -> Result<(), LinkError> {
     let runtime = tokio::runtime::Handle::current();
     let open = move || {
         let _guard = runtime.enter();
@@ -63,7 +63,8 @@ pub(crate) async fn turn_off(netns: Option<&Netns>, ifname: &str) -> Result<(), 
     let (connection, mut handle) = opened.map_err(LinkError::Open)?;
     let connection = tokio::spawn(connection);
     let mut result = Ok(());
-    for feature in OFF {
+    let tcp = if may_segment { &[][..] } else { TCP };
+    for feature in OFF.iter().chain(tcp) {
         result = request(&mut handle, ifname, feature).await;
         if result.is_err() {
             break;

@@ -76,7 +76,7 @@ impl Kernel {
         seal(switch)?;
         // Pods of other nodes may be reached by another way than they come.
         write_setting("ipv4", host, "rp_filter", "2")?;
-        ethtool::turn_off(None, host).await?;
+        ethtool::turn_off(None, host, false).await?;
         for name in [switch, host] {
             let up = LinkMessageBuilder::<LinkUnspec>::new().name(name).up().build();
             self.handle

@@ -105,7 +105,7 @@ pub async fn plug(client: &mut Client, plug: &Plug<'_>) -> Result<PortInfo, Plug
             Answer::Port(info) => *info,
             other => return Err(unexpected(&other)),
         };
-        configure(&pod, &netns, plug.ifname, &info).await?;
+        configure(&pod, &netns, plug.ifname, mtu, &info).await?;
         Ok(info)
     }
     .await;
@@ -118,7 +118,7 @@ pub async fn plug(client: &mut Client, plug: &Plug<'_>) -> Result<PortInfo, Plug
 }
 
 /// Addresses and routes, as the switch says.
-async fn configure(pod: &Kernel, netns: &Netns, ifname: &str, info: &PortInfo) -> Result<(), PlugError> {
+async fn configure(pod: &Kernel, netns: &Netns, ifname: &str, mtu: u32, info: &PortInfo) -> Result<(), PlugError> {
     let link = pod.link(ifname).await?.ok_or_else(|| {
         PlugError::Link(LinkError::Refused {
             what: format!("configure {ifname}"),
@@ -128,7 +128,8 @@ async fn configure(pod: &Kernel, netns: &Netns, ifname: &str, info: &PortInfo) -
     if info.addresses.iter().any(|address| address.addr().is_ipv6()) {
         enable_ipv6(netns, ifname)?;
     }
-    ethtool::turn_off(Some(netns), ifname).await?;
+    // A link of another size is one with a rate, which large packets would make uneven, or one that was asked for.
+    ethtool::turn_off(Some(netns), ifname, mtu == POD_LINK_MTU).await?;
     pod.set_up(link.ifindex).await?;
     for &address in &info.addresses {
         pod.add_address(link.ifindex, address).await?;

@@ -43,6 +43,8 @@ impl Kernel {
             .name(spec.pod)
             .mtu(spec.mtu)
             .address(spec.mac.0.to_vec())
+            // A packet that the switch is to cut must fit the link of a pod here, which gets it whole.
+            .append_extra_attribute(LinkAttribute::GsoMaxSize(spec.mtu))
             .setns_by_fd(spec.netns.as_raw_fd());
         let mut host = LinkMessageBuilder::<LinkVeth>::new(spec.host, spec.pod).mtu(spec.mtu);
         for attribute in queues {

@@ -145,6 +145,79 @@ impl Umem {
         Ok(())
     }
 
+    /// Adds all frames of `other` at a packet's end, its first one as it now begins.
+    ///
+    /// # Panics
+    ///
+    /// If either is of another umem, or they have more than 18 frames together.
+    pub fn append_packet(&mut self, packet: &mut Packet, other: Packet) {
+        assert!(packet.frames() + other.frames() <= MAX_FRAMES, "more than {MAX_FRAMES} frames");
+        let Packet { head, tail } = other;
+        // There is room, as just asserted.
+        let appended = self.append(packet, head);
+        debug_assert!(appended.is_ok());
+        if tail.frames > 0 {
+            self.links[packet.tail.last as usize].next = tail.first;
+            packet.tail.last = tail.last;
+            packet.tail.frames += tail.frames;
+            packet.tail.bytes += tail.bytes;
+        }
+    }
+
+    /// A packet of `front` and then `bytes` bytes of another packet, from the one at `from` on. None, with nothing taken, if
+    /// chunks or frames run out, or the other packet is shorter.
+    pub fn packet_of(&mut self, front: &[u8], other: &Packet, from: usize, bytes: usize) -> Option<Packet> {
+        if from + bytes > other.len() || front.len() > USABLE_BYTES {
+            return None;
+        }
+        let mut done = bytes.min(USABLE_BYTES - front.len());
+        let mut head = self.alloc()?;
+        if !head.set_len(front.len() + done) {
+            self.free(head);
+            return None;
+        }
+        let (start, rest) = head.data_mut().split_at_mut(front.len());
+        start.copy_from_slice(front);
+        self.read(other, from, rest);
+        let mut packet = Packet::new(head);
+        while done < bytes {
+            let more = (bytes - done).min(USABLE_BYTES);
+            let Some(mut frame) = self.alloc() else {
+                self.free_packet(packet);
+                return None;
+            };
+            // A chunk has as much behind its headroom.
+            let fits = frame.set_len(more);
+            debug_assert!(fits);
+            self.read(other, from + done, frame.data_mut());
+            if let Err(frame) = self.append(&mut packet, frame) {
+                self.free(frame);
+                self.free_packet(packet);
+                return None;
+            }
+            done += more;
+        }
+        Some(packet)
+    }
+
+    /// Copies bytes of a packet, from the one at `from` on, as many as there is room for and as it has.
+    fn read(&self, packet: &Packet, from: usize, into: &mut [u8]) {
+        let (mut skip, mut done) = (from, 0);
+        for piece in std::iter::once(packet.head.data()).chain(self.tail(packet)) {
+            if skip >= piece.len() {
+                skip -= piece.len();
+                continue;
+            }
+            let piece = &piece[skip..];
+            let count = piece.len().min(into.len() - done);
+            into[done..done + count].copy_from_slice(&piece[..count]);
+            (skip, done) = (0, done + count);
+            if done == into.len() {
+                return;
+            }
+        }
+    }
+
     /// The data of a packet after its first frame, piece by piece.
     pub fn tail<'a>(&'a self, packet: &'a Packet) -> impl Iterator<Item = &'a [u8]> {
         self.assert_ours(&packet.head);
@@ -364,6 +437,30 @@ mod tests {
             umem.free_packet(copy);
             assert_eq!(umem.free_chunks(), 64);
         }
+    }
+
+    #[test]
+    fn packets_are_joined_and_cut() {
+        let mut umem = Umem::new(64).unwrap();
+        let all = bytes(20_000);
+        let mut whole = umem.packet_from(&all[..9000]).unwrap();
+        let rest = umem.packet_from(&all[9000..]).unwrap();
+        umem.append_packet(&mut whole, rest);
+        assert_eq!((whole.len(), whole.frames()), (20_000, 6));
+        assert_eq!(contents(&umem, &whole), all);
+        for (from, count) in [(0, 10), (3835, 1400), (8999, 2), (100, 19_900), (20_000, 0)] {
+            let part = umem.packet_of(&[7; 54], &whole, from, count).unwrap();
+            assert_eq!(contents(&umem, &part), [&[7; 54], &all[from..from + count]].concat(), "{from}, {count}");
+            umem.free_packet(part);
+        }
+        assert!(umem.packet_of(&[], &whole, 19_999, 2).is_none());
+        umem.free_packet(whole);
+        assert_eq!(umem.free_chunks(), 64);
+        let mut small = Umem::new(3).unwrap();
+        let packet = small.packet_from(&all[..5000]).unwrap();
+        assert!(small.packet_of(&[], &packet, 0, 5000).is_none());
+        assert_eq!(small.free_chunks(), 1);
+        small.free_packet(packet);
     }
 
     #[test]
