@@ -87,7 +87,8 @@ impl Backend for MemBackend {
     }
 
     fn sample(&mut self) -> Vec<WorkerSample> {
-        vec![WorkerSample { counters: self.worker.counters().clone(), ..WorkerSample::default() }]
+        let (counters, perf) = (self.worker.counters().clone(), self.worker.perf().clone());
+        vec![WorkerSample { counters, perf, ..WorkerSample::default() }]
     }
 
     fn flows(&mut self, since_ns: u64, limit: usize) -> Vec<FlowSample> {

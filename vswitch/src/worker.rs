@@ -13,11 +13,11 @@ use arc_swap::{ArcSwap, Cache};
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use tokio::sync::Notify;
-use vswitch_control::{FlowSample, MAX_UPLINKS, Own, SocketSample, WorkerSample};
+use vswitch_control::{FlowSample, MAX_UPLINKS, Own, SocketSample, WorkerSample, WorkerTimes};
 use vswitch_dataplane::connection::Connections;
 use vswitch_dataplane::{Event, PortIo, Snapshot, Worker, WorkerConfig};
 use vswitch_net::PortId;
-use vswitch_xsk::{Binder, BoundSocket, Closing, Packet, TxChecksum, Umem, XskSocket};
+use vswitch_xsk::{Binder, BoundSocket, Closing, Packet, TxChecksum, Umem, XskSocket, cycles};
 
 /// How long a command may take: a worker answers between two turns.
 pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -137,6 +137,9 @@ impl WorkerHandle {
             waker: waker.clone(),
             turns: 0,
             sleeps: 0,
+            times: WorkerTimes::default(),
+            since_ns: 0,
+            start_cycles: 0,
         };
         let thread = thread::Builder::new().name(format!("worker-{}", setup.index)).spawn(move || thread.run())?;
         Ok(WorkerHandle { binder, commands, waker, thread: Some(thread) })
@@ -214,6 +217,10 @@ struct WorkerThread {
     waker: Arc<OwnedFd>,
     turns: u64,
     sleeps: u64,
+    times: WorkerTimes,
+    /// When the times were last added to, and the processor's counter at the start.
+    since_ns: u64,
+    start_cycles: u64,
 }
 
 impl WorkerThread {
@@ -221,6 +228,9 @@ impl WorkerThread {
         if let Some(id) = self.setup.core {
             core_affinity::set_for_current(core_affinity::CoreId { id });
         }
+        self.start_cycles = cycles();
+        self.since_ns = self.shared.start.elapsed().as_nanos() as u64;
+        let mut is_busy = false;
         let mut since_check = 0;
         loop {
             while let Ok(command) = self.inbox.try_recv() {
@@ -229,8 +239,12 @@ impl WorkerThread {
                 }
             }
             let now_ns = self.shared.start.elapsed().as_nanos() as u64;
+            let spent_ns = now_ns - self.since_ns;
+            *(if is_busy { &mut self.times.busy_ns } else { &mut self.times.idle_ns }) += spent_ns;
+            self.since_ns = now_ns;
             let turn = self.worker.turn(now_ns, self.snapshot.load());
             self.turns += 1;
+            is_busy = turn.received > 0;
             if self.worker.has_events() {
                 self.report();
             }
@@ -243,12 +257,20 @@ impl WorkerThread {
                 }
             } else {
                 since_check = 0;
+                if self.setup.is_busy {
+                    self.wait(Duration::ZERO);
+                    continue;
+                }
                 self.sleeps += 1;
-                self.wait(match () {
-                    () if self.setup.is_busy => Duration::ZERO,
-                    () if turn.is_sending || turn.is_holding => SLEEP_WHILE_SENDING,
-                    () => SLEEP,
-                });
+                let slept_from_ns = self.shared.start.elapsed().as_nanos() as u64;
+                self.wait(if turn.is_sending || turn.is_holding { SLEEP_WHILE_SENDING } else { SLEEP });
+                // What it did before it slept is counted here, for the next turn begins with the wake-up.
+                let woken_ns = self.shared.start.elapsed().as_nanos() as u64;
+                *(if is_busy { &mut self.times.busy_ns } else { &mut self.times.idle_ns }) +=
+                    slept_from_ns - self.since_ns;
+                self.times.asleep_ns += woken_ns - slept_from_ns;
+                self.since_ns = woken_ns;
+                is_busy = false;
             }
         }
     }
@@ -374,6 +396,8 @@ impl WorkerThread {
             umem_free: self.worker.umem().free_chunks(),
             turns: self.turns,
             sleeps: self.sleeps,
+            perf: self.worker.perf().clone(),
+            times: WorkerTimes { cycles: cycles().wrapping_sub(self.start_cycles), ..self.times },
             sockets: sockets.collect(),
         }
     }

@@ -1,6 +1,6 @@
 //! What a port may be: limited, a trunk, isolated, its own mirror.
 
-use vswitch_api::{Answer, PortInfo};
+use vswitch_api::{Answer, PortInfo, Request};
 use vswitch_control::UPLINK_PORT;
 use vswitch_dataplane::DropReason;
 use vswitch_net::{GATEWAY_MAC, MacAddr, PortId};
@@ -204,5 +204,29 @@ fn checks_are_the_port_s_or_the_network_s() {
         let own = mac(at as u8 + 1);
         assert_eq!(switch.drop_of(ports[at], &frame(own, MacAddr::BROADCAST)), address);
         assert_eq!(switch.drop_of(ports[at], &frame(mac(66), MacAddr::BROADCAST)), source);
+    }
+}
+
+#[test]
+fn a_worker_tells_where_its_time_goes() {
+    let mut switch = Switch::new();
+    switch.ask_json(r#"{"op":"network_add","name":"pods","vni":7,"ranges":["10.1.0.0/24"]}"#).unwrap();
+    let pods: Vec<_> = (1..=2).map(|at| switch.add_port(&format!("p{at}"), "pods", mac(at), &[])).collect();
+    let ends = Ends { from: mac(1), to: GATEWAY_MAC };
+    let [source, destination] = [0, 1].map(|at| pods[at].addresses[0].addr().to_string());
+    let frame = frames::udp(ends, &source, &destination, b"hello");
+    for size in [1, 3, 64].repeat(40) {
+        (0..size).for_each(|_| switch.send(pods[0].id, &frame));
+        switch.settle();
+    }
+    let Answer::Perf { workers } = switch.ask(Request::Perf) else { panic!("another answer") };
+    let perf = &workers[0];
+    assert_eq!((perf.packets, perf.flow_hits + perf.flow_misses), (40 * 68, 40 * 68));
+    assert_eq!(perf.bursts, [40, 40, 0, 0, 0, 0, 40]);
+    let names: Vec<&str> = perf.stages.iter().map(|stage| stage.stage.as_str()).collect();
+    assert_eq!(names, ["receive", "parse", "lookup", "rewrite", "queue", "transmit"]);
+    assert!(perf.timed_packets > 0 && perf.timed_packets < perf.packets / 2, "{} were timed", perf.timed_packets);
+    if cfg!(any(target_arch = "x86_64", target_arch = "aarch64")) {
+        assert!(perf.stages.iter().all(|stage| stage.cycles > 0), "{:?}", perf.stages);
     }
 }

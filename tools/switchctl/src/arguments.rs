@@ -14,6 +14,7 @@ use vswitch_api::{
 };
 use vswitch_net::{MacAddr, Vni};
 
+use crate::perf::PerfArguments;
 use crate::policy::{ConnectionCommand, EndpointCommand, Observe, PolicyCommand, named_port};
 use crate::service::{EgressCommand, ServiceCommand};
 
@@ -69,6 +70,8 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: Option<StatsCommand>,
     },
+    /// Where the workers' time goes: by stage, busy, idle and asleep, with the sizes of bursts.
+    Perf(PerfArguments),
     /// Copies of what passes ports.
     #[command(subcommand)]
     Mirror(MirrorCommand),

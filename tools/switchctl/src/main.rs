@@ -5,6 +5,7 @@
 
 mod arguments;
 mod output;
+mod perf;
 mod policy;
 mod port;
 mod service;
@@ -120,6 +121,7 @@ fn ask(client: &mut Client, command: &Command) -> anyhow::Result<Answer> {
         Command::Drops { command: Some(ListCommand::Show { name }) } => {
             return output::only(client.call(Request::Drops)?, name);
         }
+        Command::Perf(arguments) => return perf::perf(client, arguments),
         Command::Service(command) => return service::service(client, command),
         Command::Egress(command) => return service::egress(client, command),
         Command::Policy(command) => return policy::policy(client, command),

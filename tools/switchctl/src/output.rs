@@ -9,7 +9,7 @@ use vswitch_api::{
     Answer, DropInfo, Encap, FlowInfo, HostInfo, NetworkInfo, PortInfo, PortStats, StatsInfo, StatusInfo, UplinkInfo,
 };
 
-use crate::{policy, service};
+use crate::{perf, policy, service};
 
 /// Free addresses that nobody counts any more.
 const PLENTY: u64 = 1 << 32;
@@ -225,6 +225,7 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
             }),
         ),
         Answer::Stats(stats) => print_stats(out, stats, is_show),
+        Answer::Perf { workers } => perf::print(out, workers),
         Answer::Drops { drops } if drops.is_empty() => writeln!(out, "nothing was dropped"),
         Answer::Drops { drops } => print_drops(out, drops, is_show),
     }

@@ -277,10 +277,11 @@ impl Demo {
             );
             let is_ok = status["ports"] == 2 && status["peers_reachable"] == 1;
             let detail_stats = format!(
-                "rx {} = tx {} + drops {} - copies {}; {} recent flows",
+                "rx {} = tx {} + drops {} + merged {} - copies {}; {} recent flows",
                 stats["rx_packets"],
                 stats["tx_packets"],
                 stats["drops"],
+                stats["merged"],
                 stats["copies"],
                 flows["flows"].as_array().map_or(0, Vec::len)
             );

@@ -32,6 +32,80 @@ pub struct WorkerInfo {
     pub sleeps: u64,
 }
 
+/// Where one worker's time goes. All numbers grow from its start; what lies between two answers is their difference.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PerfInfo {
+    /// The worker.
+    pub worker: usize,
+    /// The core it is pinned to, if it is.
+    pub core: Option<usize>,
+    /// Nanoseconds in passes over the ports that had packets.
+    pub busy_ns: u64,
+    /// In passes that had none.
+    pub idle_ns: u64,
+    /// Asleep.
+    pub asleep_ns: u64,
+    /// Ticks of the processor's counter in all that time.
+    pub cycles: u64,
+    /// Passes over the ports.
+    pub turns: u64,
+    /// Times it slept.
+    pub sleeps: u64,
+    /// Packets received.
+    pub packets: u64,
+    /// Flow lookups that hit.
+    pub flow_hits: u64,
+    /// Flow lookups that missed.
+    pub flow_misses: u64,
+    /// Bursts of 1, 2 and 3, 4 to 7, 8 to 15, 16 to 31, 32 to 63 and 64 packets.
+    pub bursts: Vec<u64>,
+    /// Packets whose stages were timed: one pass in 31 is.
+    pub timed_packets: u64,
+    /// The stages in the order of a packet's walk.
+    pub stages: Vec<StageInfo>,
+}
+
+/// What a stage cost the packets that were timed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageInfo {
+    /// Its name.
+    pub stage: String,
+    /// Ticks of the processor's counter.
+    pub cycles: u64,
+}
+
+impl PerfInfo {
+    /// What happened since an earlier answer about the same worker. Numbers that a restart set back are those since it.
+    pub fn since(&self, earlier: &PerfInfo) -> PerfInfo {
+        let is_again = self.turns < earlier.turns || self.worker != earlier.worker;
+        let none = PerfInfo::default();
+        let earlier = if is_again { &none } else { earlier };
+        let less = |now: &[u64], then: &[u64]| {
+            now.iter().enumerate().map(|(at, now)| now - then.get(at).copied().unwrap_or(0)).collect()
+        };
+        let stages = self.stages.iter().enumerate().map(|(at, now)| StageInfo {
+            stage: now.stage.clone(),
+            cycles: now.cycles - earlier.stages.get(at).map_or(0, |then| then.cycles),
+        });
+        PerfInfo {
+            worker: self.worker,
+            core: self.core,
+            busy_ns: self.busy_ns - earlier.busy_ns,
+            idle_ns: self.idle_ns - earlier.idle_ns,
+            asleep_ns: self.asleep_ns - earlier.asleep_ns,
+            cycles: self.cycles - earlier.cycles,
+            turns: self.turns - earlier.turns,
+            sleeps: self.sleeps - earlier.sleeps,
+            packets: self.packets - earlier.packets,
+            flow_hits: self.flow_hits - earlier.flow_hits,
+            flow_misses: self.flow_misses - earlier.flow_misses,
+            bursts: less(&self.bursts, &earlier.bursts),
+            timed_packets: self.timed_packets - earlier.timed_packets,
+            stages: stages.collect(),
+        }
+    }
+}
+
 /// A flow of one worker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FlowInfo {
@@ -142,4 +216,20 @@ pub struct DropInfo {
     pub meaning: String,
     /// By the port that sent the packets, named by its link.
     pub ports: BTreeMap<String, u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(turns: u64) -> PerfInfo {
+        let stages = vec![StageInfo { stage: "parse".into(), cycles: 10 * turns }];
+        PerfInfo { turns, packets: 2 * turns, bursts: vec![turns, 0], stages, ..PerfInfo::default() }
+    }
+
+    #[test]
+    fn what_lies_between_two_answers_is_their_difference() {
+        assert_eq!(at(7).since(&at(3)), at(4));
+        assert_eq!(at(3).since(&at(7)), at(3), "after a restart");
+    }
 }

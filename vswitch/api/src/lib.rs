@@ -24,7 +24,7 @@ mod response;
 mod service;
 
 pub use client::{Client, ClientError};
-pub use counts::{DropInfo, FlowInfo, PortStats, SocketInfo, StatsInfo, WorkerInfo};
+pub use counts::{DropInfo, FlowInfo, PerfInfo, PortStats, SocketInfo, StageInfo, StatsInfo, WorkerInfo};
 pub use error::{ApiError, ErrorCode, sentence};
 pub use network::{
     Encap, FdbSpec, FdbTarget, MirrorDirection, MirrorSpec, NetworkMode, NetworkSpec, PeerSpec, RouteSpec, StormLimits,

@@ -182,6 +182,8 @@ pub enum Request {
     },
     /// Counters by port.
     Stats,
+    /// Where the workers' time goes.
+    Perf,
     /// Drops by reason and port.
     Drops,
 }
@@ -223,6 +225,7 @@ impl Request {
                 | Request::ConnectionList { .. }
                 | Request::Observe { .. }
                 | Request::Stats
+                | Request::Perf
                 | Request::Drops
         )
     }

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use vswitch_net::{MacAddr, PortId, Vni};
 
-use crate::counts::{DropInfo, FlowInfo, StatsInfo, WorkerInfo};
+use crate::counts::{DropInfo, FlowInfo, PerfInfo, StatsInfo, WorkerInfo};
 use crate::network::{Encap, FdbTarget, MirrorSpec, NetworkMode, StormLimits};
 use crate::policy::{ChangeInfo, ConnectionsInfo, EndpointInfo, ExplainInfo, FlowEvent, PolicyDetail, PolicyInfo};
 use crate::port::{Attachment, Bandwidth, PortMapping, SenderCheck};
@@ -115,6 +115,11 @@ pub enum Answer {
     },
     /// To `stats`.
     Stats(Box<StatsInfo>),
+    /// To `perf`.
+    Perf {
+        /// One a worker.
+        workers: Vec<PerfInfo>,
+    },
     /// To `drops`.
     Drops {
         /// Reasons with their counts, the largest first.

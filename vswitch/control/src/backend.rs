@@ -1,7 +1,7 @@
 //! What control needs of the world: links and the workers' numbers. The daemon's is real; tests have a small one.
 
 use vswitch_dataplane::connection::Connections;
-use vswitch_dataplane::{Counters, Translation, table::flow::FlowEntry};
+use vswitch_dataplane::{Counters, Perf, Translation, table::flow::FlowEntry};
 use vswitch_net::PortId;
 use vswitch_xsk::{KickCounters, SocketStatistics};
 
@@ -46,8 +46,25 @@ pub struct WorkerSample {
     pub turns: u64,
     /// Times it slept.
     pub sleeps: u64,
+    /// Sizes of its bursts, and what stages cost.
+    pub perf: Perf,
+    /// How long it did what.
+    pub times: WorkerTimes,
     /// Its sockets.
     pub sockets: Vec<SocketSample>,
+}
+
+/// How long a worker did what.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WorkerTimes {
+    /// In turns that had packets, nanoseconds.
+    pub busy_ns: u64,
+    /// In turns that had none.
+    pub idle_ns: u64,
+    /// Asleep.
+    pub asleep_ns: u64,
+    /// Ticks of the processor's counter since the worker started.
+    pub cycles: u64,
 }
 
 /// Some flows of one worker.

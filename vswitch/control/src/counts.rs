@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use vswitch_api::{DropInfo, FlowInfo, PortStats, SocketInfo, StatsInfo, WorkerInfo};
+use vswitch_api::{DropInfo, FlowInfo, PerfInfo, PortStats, SocketInfo, StageInfo, StatsInfo, WorkerInfo};
 use vswitch_dataplane::table::flow::FlowEntry;
-use vswitch_dataplane::{Action, DropReason, Output, PortCounters, Translation};
+use vswitch_dataplane::{Action, DropReason, Output, PortCounters, Stage, Translation};
 use vswitch_net::PortId;
 
 use crate::Control;
@@ -63,6 +63,30 @@ impl Control {
             bytes: flow.bytes,
             idle_ms: now_ns.saturating_sub(flow.used_ns) / 1_000_000,
         }
+    }
+
+    pub(crate) fn perf(&self, workers: &[WorkerSample]) -> Vec<PerfInfo> {
+        let info = |(worker, sample): (usize, &WorkerSample)| {
+            let stage =
+                |stage: Stage| StageInfo { stage: stage.name().to_owned(), cycles: sample.perf.cycles[stage as usize] };
+            PerfInfo {
+                worker,
+                core: sample.core,
+                busy_ns: sample.times.busy_ns,
+                idle_ns: sample.times.idle_ns,
+                asleep_ns: sample.times.asleep_ns,
+                cycles: sample.times.cycles,
+                turns: sample.turns,
+                sleeps: sample.sleeps,
+                packets: sample.counters.total().rx_packets,
+                flow_hits: sample.counters.flow_hits,
+                flow_misses: sample.counters.flow_misses,
+                bursts: sample.perf.bursts.to_vec(),
+                timed_packets: sample.perf.timed_packets,
+                stages: Stage::ALL.map(stage).to_vec(),
+            }
+        };
+        workers.iter().enumerate().map(info).collect()
     }
 
     pub(crate) fn stats(&self, workers: &[WorkerSample]) -> StatsInfo {

@@ -48,7 +48,7 @@ mod underlay;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-pub use backend::{Attached, Backend, FlowSample, SocketSample, WorkerSample};
+pub use backend::{Attached, Backend, FlowSample, SocketSample, WorkerSample, WorkerTimes};
 pub use bridging::{Own, OwnWay};
 pub use host::{HostPlan, HostState};
 pub use state::{PortRecord, State};

@@ -61,6 +61,7 @@ impl Control {
             Request::ConnectionList { filter, limit } => self.connection_list(now_ns, &filter, limit, backend)?,
             Request::Observe { after, filter } => self.observe(after, &filter, &backend.sample())?,
             Request::Stats => Answer::Stats(Box::new(self.stats(&backend.sample()))),
+            Request::Perf => Answer::Perf { workers: self.perf(&backend.sample()) },
             Request::Drops => Answer::Drops { drops: self.drops(&backend.sample()) },
             other => return Err(ApiError::new(ErrorCode::BadRequest, format!("{other:?} is no question"))),
         })

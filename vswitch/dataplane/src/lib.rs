@@ -32,6 +32,7 @@ mod multicast;
 mod nat;
 mod offload;
 pub mod parse;
+mod perf;
 mod port;
 mod replicate;
 mod reply;
@@ -49,6 +50,7 @@ pub use bucket::Bucket;
 pub use counters::{Counters, PortCounters, RuleCounters};
 pub use event::{Event, FlowNews, Location, OwnWay};
 pub use multicast::Membership;
+pub use perf::{BURST_BUCKETS, Perf, Stage};
 pub use port::PortIo;
 pub use snapshot::{
     Access, Gateway, Limits, Mirror, Network, NetworkMode, Path, Peer, Port, PortKind, Receivers, SenderCheck,

@@ -20,6 +20,7 @@ use crate::meta::{Fragment, Meta};
 use crate::miss::Miss;
 use crate::offload::{self, Coalesce, Offer};
 use crate::parse::{TCP, parse, parse_own, tag_of};
+use crate::perf::{Perf, Stage};
 use crate::port::PortIo;
 use crate::shape::{Held, Queue, Shaped, may_wait};
 use crate::snapshot::Snapshot;
@@ -79,6 +80,7 @@ pub struct Worker<P> {
     /// Packets that wait because of the rate of the port that sent them, by port.
     from: Vec<Queue>,
     burst: Burst,
+    perf: Perf,
     config: WorkerConfig,
 }
 
@@ -148,6 +150,7 @@ impl<P: PortIo> Worker<P> {
                 encap: Vec::with_capacity(BURST),
                 coalesce: Coalesce::default(),
             },
+            perf: Perf::default(),
             config,
         }
     }
@@ -208,6 +211,7 @@ impl<P: PortIo> Worker<P> {
     /// One pass: receive, decide, send, and take sent frames back.
     pub fn turn(&mut self, now_ns: u64, snapshot: &Snapshot) -> Turn {
         self.counters.open_rules(snapshot.rules);
+        self.perf.begin();
         if self.counters.held > 0 {
             self.release(now_ns, snapshot);
         }
@@ -222,8 +226,10 @@ impl<P: PortIo> Worker<P> {
             if count > 0 {
                 received += count;
                 self.active[at].1 = 0;
+                self.perf.burst(count);
                 count_received(&mut self.counters, port, &self.burst.packets);
                 self.limit(port, now_ns, snapshot);
+                self.perf.lap(Stage::Receive);
                 self.process(port, now_ns, snapshot);
             } else if quiet >= self.config.idle_turns && self.can_receive(port) {
                 self.park(at);
@@ -233,7 +239,10 @@ impl<P: PortIo> Worker<P> {
             }
             at += 1;
         }
+        self.perf.lap(Stage::Receive);
         self.flush();
+        self.perf.lap(Stage::Transmit);
+        self.perf.end(received);
         Turn { received, is_sending: !self.ports.busy.is_empty(), is_holding: self.counters.held > 0 }
     }
 
@@ -284,6 +293,11 @@ impl<P: PortIo> Worker<P> {
     /// The counters.
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// What it saw of itself.
+    pub fn perf(&self) -> &Perf {
+        &self.perf
     }
 
     /// The umem.
@@ -385,7 +399,9 @@ impl<P: PortIo> Worker<P> {
 
     /// The walk of one burst: parse all, look all up, decide about the misses, then one loop a verdict.
     fn process(&mut self, ingress: PortId, now_ns: u64, snapshot: &Snapshot) {
-        let Worker { umem, ports, flows, counters, events, fragments, connections, scratch, burst, config, .. } = self;
+        let Worker {
+            umem, ports, flows, counters, events, fragments, connections, scratch, burst, perf, config, ..
+        } = self;
         let Burst { packets, slots, local, encap, coalesce, .. } = burst;
         let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns, is_quiet: false };
         for packet in packets.iter() {
@@ -419,6 +435,7 @@ impl<P: PortIo> Worker<P> {
             used += 1;
         }
         let slots = &mut slots[..used];
+        perf.lap(Stage::Parse);
         let epoch = connections.epoch();
         for slot in slots.iter_mut() {
             slot.found = flows.find(slot.meta.hash);
@@ -462,6 +479,7 @@ impl<P: PortIo> Worker<P> {
                 }
             }
         }
+        perf.lap(Stage::Lookup);
         if snapshot.access(ingress).is_none() && local.len() > 1 {
             join_segments(slots, local, coalesce, &mut out);
         }
@@ -492,6 +510,7 @@ impl<P: PortIo> Worker<P> {
                 }
             }
         }
+        perf.lap(Stage::Rewrite);
         for at in encap.drain(..) {
             let Slot { packet, meta, to, .. } = &mut slots[usize::from(at)];
             if let Some(packet) = packet.take() {
@@ -504,6 +523,7 @@ impl<P: PortIo> Worker<P> {
                 out.send_local(packet, meta, port, *l4);
             }
         }
+        perf.lap(Stage::Queue);
     }
 
     /// Flushes every port that has something under way; what the kernel did not take stays for the next turn.

@@ -41,6 +41,7 @@
 
 mod area;
 mod bind;
+mod cycles;
 mod frame;
 mod huge;
 mod prefetch;
@@ -51,6 +52,7 @@ mod sys;
 mod umem;
 
 pub use bind::{BindError, Binder, BoundSocket, ZeroCopy};
+pub use cycles::cycles;
 pub use frame::{Frame, HEADROOM, MAX_FRAMES, Packet};
 pub use huge::filled;
 pub use prefetch::prefetch;
