@@ -244,7 +244,7 @@ impl WorkerThread {
             self.since_ns = now_ns;
             let turn = self.worker.turn(now_ns, self.snapshot.load());
             self.turns += 1;
-            is_busy = turn.received > 0;
+            is_busy = turn.walked > 0;
             if self.worker.has_events() {
                 self.report();
             }

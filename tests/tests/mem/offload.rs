@@ -228,6 +228,67 @@ fn stream(segments: impl Iterator<Item = Segment>) -> BTreeMap<u16, Vec<(u32, u8
 }
 
 #[test]
+fn what_is_cut_keeps_its_place() {
+    let (mut twin, pods) = routed(UNDERLAYS[0], Wire::default(), 1);
+    let frames = [(1, 100), (101, 20_000), (20_101, 100), (20_201, 3000), (23_201, 1)]
+        .map(|(seq, count)| data(ENDS[0], (1000, 80), ACK, seq, &bytes(count, 0)));
+    let wire = send(&mut twin, &pods, &frames);
+    let mut next = 1;
+    for packet in &wire {
+        let piece = read(&packet[50..]);
+        assert_eq!(piece.seq, next);
+        next += piece.payload.len() as u32;
+    }
+    assert_eq!(next, 23_202);
+}
+
+#[test]
+fn the_last_window_counts() {
+    let (mut twin, pods) = routed(UNDERLAYS[0], Wire::default(), 1);
+    let with_window = |seq: u32, window: u16| {
+        let mut frame = data(ENDS[0], (1000, 80), ACK, seq, &bytes(100, 0));
+        let sum = u16::from_be_bytes([frame[50], frame[51]]);
+        let sum = vswitch_net::checksum::update(sum, u16::from_be_bytes([frame[48], frame[49]]), window);
+        frame[48..50].copy_from_slice(&window.to_be_bytes());
+        frame[50..52].copy_from_slice(&sum.to_be_bytes());
+        frame
+    };
+    let wire = send(&mut twin, &pods, &[with_window(1, 0), with_window(101, 4242)]);
+    wire.iter().for_each(|packet| twin.switches[1].send(UPLINK_PORT, packet));
+    twin.switches[1].settle();
+    let got = twin.switches[1].take(pods[1][0].id);
+    assert_eq!(got.len(), 1);
+    assert!(read(&got[0]).is_valid);
+    assert_eq!(got[0][48..50], 4242_u16.to_be_bytes());
+}
+
+/// A pod that routes must pass on what it gets in the sizes in which it came.
+#[test]
+fn what_a_pod_is_to_pass_on_is_not_joined() {
+    let (mut twin, pods) = super::vxlan::bridged(UNDERLAYS[0], Wire::default(), 1);
+    for (destination, count) in [("10.9.2.1", 1), ("172.16.0.1", 2)] {
+        let (from, to) = (mac(10), mac(20));
+        let frame = |seq: u32| {
+            let macs = Ends { from, to };
+            packet(macs, "10.9.1.1", destination, (1000, 80), Layer4::Tcp { flags: ACK, seq, ack: 7 }, &bytes(100, 0))
+        };
+        // The stations find each other first.
+        let hello = frames::udp(Ends { from: to, to: from }, "10.9.2.1", "10.9.1.1", b"hello");
+        twin.switches[1].send(pods[1][0].id, &hello);
+        twin.switches[1].settle();
+        for packet in twin.switches[1].take(UPLINK_PORT) {
+            twin.switches[0].send(UPLINK_PORT, &packet);
+        }
+        twin.switches[0].settle();
+        // Announcements of ports that came.
+        (0..2).for_each(|at| twin.switches[at].settle());
+        let _ = (twin.switches[0].take(UPLINK_PORT), twin.switches[1].take(pods[1][0].id));
+        let wire = send(&mut twin, &pods, &[frame(1), frame(101)]);
+        assert_eq!(arrive(&mut twin, &pods, &wire).len(), count, "{destination}");
+    }
+}
+
+#[test]
 fn stacks_that_send_large_packets_understand_each_other() {
     for wire in [Wire::default(), Wire { loss: 30, reorder: 30 }] {
         let twin = tcp::exchange_of(9000, routed(UNDERLAYS[0], wire, 5));

@@ -81,26 +81,26 @@ impl PerfInfo {
         let none = PerfInfo::default();
         let earlier = if is_again { &none } else { earlier };
         let less = |now: &[u64], then: &[u64]| {
-            now.iter().enumerate().map(|(at, now)| now - then.get(at).copied().unwrap_or(0)).collect()
+            now.iter().enumerate().map(|(at, now)| now.saturating_sub(then.get(at).copied().unwrap_or(0))).collect()
         };
         let stages = self.stages.iter().enumerate().map(|(at, now)| StageInfo {
             stage: now.stage.clone(),
-            cycles: now.cycles - earlier.stages.get(at).map_or(0, |then| then.cycles),
+            cycles: now.cycles.saturating_sub(earlier.stages.get(at).map_or(0, |then| then.cycles)),
         });
         PerfInfo {
             worker: self.worker,
             core: self.core,
-            busy_ns: self.busy_ns - earlier.busy_ns,
-            idle_ns: self.idle_ns - earlier.idle_ns,
-            asleep_ns: self.asleep_ns - earlier.asleep_ns,
-            cycles: self.cycles - earlier.cycles,
-            turns: self.turns - earlier.turns,
-            sleeps: self.sleeps - earlier.sleeps,
-            packets: self.packets - earlier.packets,
-            flow_hits: self.flow_hits - earlier.flow_hits,
-            flow_misses: self.flow_misses - earlier.flow_misses,
+            busy_ns: self.busy_ns.saturating_sub(earlier.busy_ns),
+            idle_ns: self.idle_ns.saturating_sub(earlier.idle_ns),
+            asleep_ns: self.asleep_ns.saturating_sub(earlier.asleep_ns),
+            cycles: self.cycles.saturating_sub(earlier.cycles),
+            turns: self.turns.saturating_sub(earlier.turns),
+            sleeps: self.sleeps.saturating_sub(earlier.sleeps),
+            packets: self.packets.saturating_sub(earlier.packets),
+            flow_hits: self.flow_hits.saturating_sub(earlier.flow_hits),
+            flow_misses: self.flow_misses.saturating_sub(earlier.flow_misses),
             bursts: less(&self.bursts, &earlier.bursts),
-            timed_packets: self.timed_packets - earlier.timed_packets,
+            timed_packets: self.timed_packets.saturating_sub(earlier.timed_packets),
             stages: stages.collect(),
         }
     }

@@ -10,8 +10,9 @@
 //! # What is joined
 //!
 //! Packets of one burst and one flow whose sequence numbers follow, with nothing but data: no SYN, FIN, RST or URG, no other
-//! acknowledgment, options, hops or marks than the first one's (as Linux's GRO, `net/ipv4/tcp_offload.c`). Payloads are
-//! chained where they lie. Each checksum is looked at before, for the joined packet gets a partial one, and what was
+//! acknowledgment, options, hops or marks than the first one's (as Linux's GRO, `net/ipv4/tcp_offload.c`), to an address of the port's
+//! own: who passes a large packet on cannot know in what sizes it came. The last one's window counts. Payloads are chained
+//! where they lie. Each checksum is looked at before, for the joined packet gets a partial one, and what was
 //! damaged would pass for right. Nothing waits for a later burst.
 
 use vswitch_net::checksum;
@@ -25,8 +26,8 @@ use crate::parse::TCP;
 const TCP_HEADER: usize = 20;
 /// Offset of the checksum in a TCP header.
 const TCP_CHECKSUM: u16 = 16;
-/// Longest headers of a packet that is cut: Ethernet, IPv6 with some extensions or IPv4 with all options, TCP with all.
-const MAX_HEADERS: usize = 192;
+/// Longest headers of a packet that is cut: Ethernet, IPv4 and TCP with all options.
+const MAX_HEADERS: usize = 14 + 60 + 60;
 
 /// Flows of a burst that are joined at the same time.
 const OPEN: usize = 8;
@@ -55,6 +56,10 @@ impl Segments {
         }
         let head = packet.head().data();
         let (l3, l4) = (usize::from(meta.l3), usize::from(meta.l4));
+        if meta.kind == Kind::V6 && l4 - l3 != 40 {
+            // One of the headers in between may be about the whole, as an authentication is.
+            return None;
+        }
         let tcp = head.get(l4..l4 + TCP_HEADER)?;
         let length = l4 + usize::from(tcp[12] >> 4) * 4;
         let payload = (l3 + meta.l3_len as usize).checked_sub(length)?;
@@ -151,7 +156,9 @@ impl Coalesce {
 
     /// Says whether a packet follows one that was offered before; it may be followed itself from then on.
     pub(crate) fn offer(&mut self, place: u8, packet: &Packet, meta: &Meta, umem: &Umem) -> Offer {
-        let known = self.open.iter().position(|open| open.is_some_and(|open| open.key.is_same(&meta.key)));
+        // What opens or closes has another key, and keeps its place too.
+        let key = meta.key.without_control();
+        let known = self.open.iter().position(|open| open.is_some_and(|open| open.key.is_same(&key)));
         let segment = segment_of(packet, meta).filter(|_| is_intact(packet, umem, meta));
         let Some(segment) = segment else {
             // Whatever it is, what comes after it must stay after it.
@@ -211,6 +218,10 @@ pub(crate) fn join(
     if length > mtu as usize || length > 0xffff || !are_alike(packet, meta, &other, other_meta) {
         return Err(other);
     }
+    let at = usize::from(other_meta.l4) + 14;
+    let Some(&window) = other.head().data().get(at..).and_then(|bytes| bytes.first_chunk::<2>()) else {
+        return Err(other);
+    };
     if packet.frames() + other.frames() > vswitch_xsk::MAX_FRAMES || !other.head_mut().pull_front(second.data) {
         return Err(other);
     }
@@ -229,6 +240,8 @@ pub(crate) fn join(
     }
     let tcp = &mut head[l4..first.data];
     tcp[13] |= second.flags & PSH;
+    // The later window counts.
+    tcp[14..16].copy_from_slice(&window);
     let l4_len = (length - (l4 - l3)) as u32;
     tcp[16..18].copy_from_slice(&checksum::fold(pseudo + l4_len).to_be_bytes());
     meta.checksum = Checksum::Partial { offset: TCP_CHECKSUM };

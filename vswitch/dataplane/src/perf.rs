@@ -62,6 +62,8 @@ pub struct Perf {
     since: Option<u64>,
     /// Of the turn under way.
     turn: [u64; Stage::ALL.len()],
+    /// Packets of the turn under way.
+    packets: usize,
 }
 
 impl Perf {
@@ -92,12 +94,20 @@ impl Perf {
         self.bursts[(packets.max(1).ilog2() as usize).min(BURST_BUCKETS - 1)] += 1;
     }
 
-    /// The turn ends. One without packets says nothing of what packets cost.
+    /// So many packets go their way.
     #[inline(always)]
-    pub(crate) fn end(&mut self, packets: usize) {
+    pub(crate) fn walked(&mut self, packets: usize) {
+        self.packets += packets;
+    }
+
+    /// The turn ends; how many packets went their way. One without packets says nothing of what packets cost.
+    #[inline(always)]
+    pub(crate) fn end(&mut self) -> usize {
+        let packets = std::mem::take(&mut self.packets);
         if self.since.take().is_some() && packets > 0 {
             self.timed_packets += packets as u64;
             self.cycles.iter_mut().zip(self.turn).for_each(|(total, turn)| *total += turn);
         }
+        packets
     }
 }

@@ -16,14 +16,14 @@ use crate::counters::OWN;
 use crate::decide::is_cacheable;
 use crate::egress::{Edit, Egress, Ports, Scratch};
 use crate::event::{Event, Events, OwnWay};
-use crate::meta::{Fragment, Meta};
+use crate::meta::{Fragment, Kind, Meta, address};
 use crate::miss::Miss;
 use crate::offload::{self, Coalesce, Offer};
 use crate::parse::{TCP, parse, parse_own, tag_of};
 use crate::perf::{Perf, Stage};
 use crate::port::PortIo;
 use crate::shape::{Held, Queue, Shaped, may_wait};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Port, PortKind, Snapshot};
 use crate::table::flow::{FlowEntry, FlowTable, Probe};
 use crate::table::fragment::{DatagramKey, Fragments};
 use crate::tagged;
@@ -57,6 +57,8 @@ pub struct WorkerConfig {
 pub struct Turn {
     /// Packets received.
     pub received: usize,
+    /// Packets that went their way: those received, and those that had waited because of a rate.
+    pub walked: usize,
     /// True if packets are still under way to the kernel, so that another turn is due soon.
     pub is_sending: bool,
     /// True if packets wait because of a rate, so that another turn is due soon.
@@ -113,12 +115,23 @@ struct Slot {
     to: PortId,
     /// Once it is prepared for a port here: where its layer 4 begins.
     l4: u16,
+    /// Why it could not be made ready.
+    refused: Option<DropReason>,
 }
 
 impl Default for Slot {
     fn default() -> Slot {
         let to = PortId(u16::MAX);
-        Slot { packet: None, meta: Meta::default(), found: None, action: Action::NONE, translation: None, to, l4: 0 }
+        Slot {
+            packet: None,
+            meta: Meta::default(),
+            found: None,
+            action: Action::NONE,
+            translation: None,
+            to,
+            l4: 0,
+            refused: None,
+        }
     }
 }
 
@@ -242,8 +255,8 @@ impl<P: PortIo> Worker<P> {
         self.perf.lap(Stage::Receive);
         self.flush();
         self.perf.lap(Stage::Transmit);
-        self.perf.end(received);
-        Turn { received, is_sending: !self.ports.busy.is_empty(), is_holding: self.counters.held > 0 }
+        let walked = self.perf.end();
+        Turn { received, walked, is_sending: !self.ports.busy.is_empty(), is_holding: self.counters.held > 0 }
     }
 
     /// Sends a packet that the switch itself made.
@@ -436,6 +449,7 @@ impl<P: PortIo> Worker<P> {
         }
         let slots = &mut slots[..used];
         perf.lap(Stage::Parse);
+        perf.walked(used);
         let epoch = connections.epoch();
         for slot in slots.iter_mut() {
             slot.found = flows.find(slot.meta.hash);
@@ -485,42 +499,49 @@ impl<P: PortIo> Worker<P> {
         }
         // First every header, then every packet: what was just written by the byte is not read at once by the word.
         for &at in encap.iter() {
-            let Slot { packet: place, meta, action, translation, to, .. } = &mut slots[usize::from(at)];
+            let Slot { packet, meta, action, translation, to, refused, .. } = &mut slots[usize::from(at)];
             let edit = Edit { rewrite: action.rewrite.as_ref(), translation: translation.as_ref() };
-            if let (Some(packet), Output::Encap { peer, network }) = (&mut *place, action.output) {
+            if let (Some(packet), Output::Encap { peer, network }) = (packet, action.output) {
                 match out.encapsulate(packet, meta, peer, network, edit) {
                     Ok(uplink) => *to = uplink,
-                    Err(reason) => {
-                        place.take().into_iter().for_each(|packet| {
-                            out.refuse_encap(packet, meta, (peer, network), reason, edit);
-                        });
-                    }
+                    Err(reason) => *refused = Some(reason),
                 }
             }
         }
         for &at in local.iter() {
-            let Slot { packet: place, meta, action, translation, l4, .. } = &mut slots[usize::from(at)];
+            let Slot { packet, meta, action, translation, l4, refused, .. } = &mut slots[usize::from(at)];
             let edit = Edit { rewrite: action.rewrite.as_ref(), translation: translation.as_ref() };
-            if let (Some(packet), Output::Port(port)) = (&mut *place, action.output) {
+            if let (Some(packet), Output::Port(port)) = (packet, action.output) {
                 match out.prepare(packet, meta, port, edit) {
                     Ok(start) => *l4 = start,
-                    Err(reason) => {
-                        place.take().into_iter().for_each(|packet| out.refuse_local(packet, meta, port, reason, edit));
-                    }
+                    Err(reason) => *refused = Some(reason),
                 }
             }
         }
         perf.lap(Stage::Rewrite);
         for at in encap.drain(..) {
-            let Slot { packet, meta, to, .. } = &mut slots[usize::from(at)];
-            if let Some(packet) = packet.take() {
-                out.send(packet, meta.ingress, *to, None);
+            let Slot { packet, meta, action, translation, to, refused, .. } = &mut slots[usize::from(at)];
+            if let (Some(packet), Output::Encap { peer, network }) = (packet.take(), action.output) {
+                match refused.take() {
+                    None => out.send(packet, meta.ingress, *to, None),
+                    // What is cut goes out here, in its place among the others of its flow.
+                    Some(reason) => {
+                        let edit = Edit { rewrite: action.rewrite.as_ref(), translation: translation.as_ref() };
+                        out.refuse_encap(packet, meta, (peer, network), reason, edit);
+                    }
+                }
             }
         }
         for at in local.drain(..) {
-            let Slot { packet, meta, action, l4, .. } = &mut slots[usize::from(at)];
+            let Slot { packet, meta, action, translation, l4, refused, .. } = &mut slots[usize::from(at)];
             if let (Some(packet), Output::Port(port)) = (packet.take(), action.output) {
-                out.send_local(packet, meta, port, *l4);
+                match refused.take() {
+                    None => out.send_local(packet, meta, port, *l4),
+                    Some(reason) => {
+                        let edit = Edit { rewrite: action.rewrite.as_ref(), translation: translation.as_ref() };
+                        out.refuse_local(packet, meta, port, reason, edit);
+                    }
+                }
             }
         }
         perf.lap(Stage::Queue);
@@ -545,10 +566,14 @@ fn join_segments<P: PortIo>(slots: &mut [Slot], local: &[u8], coalesce: &mut Coa
     coalesce.clear();
     for &at in local {
         let (before, rest) = slots.split_at_mut(usize::from(at));
-        let Slot { packet, meta, action, .. } = &mut rest[0];
+        let Slot { packet, meta, action, translation, .. } = &mut rest[0];
         let info = if let Output::Port(port) = action.output { out.snapshot.port(port) } else { None };
         let (Some(data), Some(info)) = (&*packet, info) else { continue };
         if meta.protocol != TCP || info.limits.is_some() || !info.mirrors_to.is_empty() {
+            continue;
+        }
+        // Who only passes it on could not: nothing says any more in what sizes it came.
+        if !is_own(info, meta, translation.as_ref()) {
             continue;
         }
         let Offer::Follows(place) = coalesce.offer(at, data, meta, out.umem) else { continue };
@@ -569,6 +594,14 @@ fn join_segments<P: PortIo>(slots: &mut [Slot], local: &[u8], coalesce: &mut Coa
             }
         }
     }
+}
+
+/// True for a packet to one of the port's own addresses.
+fn is_own(info: &Port, meta: &Meta, translation: Option<&Translation>) -> bool {
+    let PortKind::Access(access) = &info.kind else { return false };
+    let (_, destination) = meta.address_words();
+    let words = translation.map_or(destination, |translation| translation.destination);
+    access.addresses.contains(&address(words, meta.kind == Kind::V6))
 }
 
 fn count_received(counters: &mut Counters, ingress: PortId, packets: &[Packet]) {
