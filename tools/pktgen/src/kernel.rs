@@ -1,7 +1,7 @@
 //! What runs in the kernel: a generator over live frames of `BPF_PROG_TEST_RUN` (kernel document `bpf/bpf_prog_run`), a
 //! counting sink, and a redirect between two links.
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use aya::Ebpf;
 use aya::maps::{Array, DevMap, MapData, PerCpuArray};
 use aya::programs::{Xdp, XdpMode};
@@ -21,8 +21,10 @@ static REDIRECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/
 /// Live frames of one round in the kernel.
 const BATCH: u32 = 64;
 
-/// Frames of the first run, by which the rate is known. A run costs tens of milliseconds to set up.
+/// Frames of the first run, by which the rate is known. A run costs tens of milliseconds to set up; but what is to keep a rate
+/// shall not last longer than asked either.
 const FIRST_RUN: u32 = 2_000_000;
+const FIRST_RUN_AT_RATE: u32 = 200_000;
 
 /// Sizes of `struct template`, `struct settings`, and where things are in them.
 const MAX_HEADERS: usize = 160;
@@ -42,6 +44,13 @@ pub(crate) fn generate(link: &str, plan: &Plan, traffic: &Traffic, time: Time) -
     if size > MAX_SIZE {
         return Err(anyhow!("--size {size}: a packet of --kernel has at most {MAX_SIZE} bytes"));
     }
+    // Headers are written in words of eight bytes.
+    for template in &plan.templates {
+        let headers = header_bytes(template, traffic.stamp.is_some()).next_multiple_of(8);
+        if headers > template.bytes.len() {
+            bail!("--size {}: a packet of --kernel like this has at least {headers} bytes", template.bytes.len());
+        }
+    }
     let mut ebpf = load(GENERATE)?;
     let mut templates: Array<_, [u8; TEMPLATE_BYTES]> = map(&mut ebpf, "TEMPLATES")?;
     for (at, template) in plan.templates.iter().enumerate() {
@@ -55,7 +64,7 @@ pub(crate) fn generate(link: &str, plan: &Plan, traffic: &Traffic, time: Time) -
     let frame = vec![0; size];
     let mut clock = Clock::start(time);
     let mut count = Count::default();
-    let mut run = FIRST_RUN;
+    let mut run = if traffic.rate.is_some() { FIRST_RUN_AT_RATE } else { FIRST_RUN };
     let mut frames = 0_u64;
     while !clock.is_over() {
         let mut options = TestRunOptions::new();
@@ -83,22 +92,24 @@ pub(crate) fn count(link: &str, warm: f64, time: Time) -> anyhow::Result<(Count,
     let latencies: PerCpuArray<_, u64> = map(&mut ebpf, "LATENCY")?;
     attach(&mut ebpf, "count", link)?;
     wait(&Clock::start(Time::of(warm)));
-    let before = (total(&counts)?, samples(&latencies)?);
+    // What takes its time first, then the count, then the clock.
+    let earlier = samples(&latencies)?;
+    let before = total(&counts)?;
     let mut clock = Clock::start(time);
     let mut count = Count::default();
     while !clock.is_over() {
         std::thread::park_timeout(std::time::Duration::from_millis(5));
         if time.progress {
             let [packets, bytes] = total(&counts)?;
-            (count.packets, count.bytes) = (packets - before.0[0], bytes - before.0[1]);
+            (count.packets, count.bytes) = (packets - before[0], bytes - before[1]);
             clock.progress(&count);
         }
     }
     count.seconds = clock.elapsed().as_secs_f64();
     let [packets, bytes] = total(&counts)?;
-    (count.packets, count.bytes) = (packets - before.0[0], bytes - before.0[1]);
+    (count.packets, count.bytes) = (packets - before[0], bytes - before[1]);
     let mut latency = latency::histogram();
-    for (bucket, (after, before)) in samples(&latencies)?.into_iter().zip(before.1).enumerate() {
+    for (bucket, (after, before)) in samples(&latencies)?.into_iter().zip(earlier).enumerate() {
         if after > before {
             latency.saturating_record_n(middle_of(bucket as u64), after - before);
         }
@@ -173,11 +184,17 @@ fn middle_of(bucket: u64) -> u64 {
     (step << shift) + ((1_u64 << shift) >> 1)
 }
 
+/// Bytes that are written anew for each packet. A frame is used again and again: where a stamp was, the next packet writes
+/// zeros.
+fn header_bytes(template: &Template, is_stamped: bool) -> usize {
+    let stamp = template.stamp.as_ref().filter(|_| is_stamped);
+    stamp.map_or(template.udp + 8, |stamp| stamp.end)
+}
+
 /// `struct template` of `generate.c`.
 fn encode_template(template: &Template, is_stamped: bool) -> [u8; TEMPLATE_BYTES] {
     let stamp = template.stamp.clone().filter(|_| is_stamped);
-    // A frame is used again and again: where a stamp was, the next packet writes zeros.
-    let headers = stamp.as_ref().map_or(template.udp + 8, |stamp| stamp.end);
+    let headers = header_bytes(template, is_stamped);
     let mut value = [0; TEMPLATE_BYTES];
     value[..4].copy_from_slice(&(template.bytes.len() as u32).to_ne_bytes());
     value[4..6].copy_from_slice(&(headers as u16).to_ne_bytes());

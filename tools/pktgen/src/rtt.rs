@@ -15,8 +15,8 @@ use crate::{Count, Time, latency};
 /// How long an answer may take before it counts as lost.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Bytes of a question and of its answer.
-const MESSAGE: usize = 1;
+/// Bytes of a question and of its answer: the question's number.
+const MESSAGE: usize = 4;
 
 /// What carries a question.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -53,14 +53,19 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<Count> {
     let mut ask = asker(options)?;
     let mut latency = latency::histogram();
     let mut clock = Clock::start(options.time);
+    let start_ns = monotonic_ns();
     let mut count = Count::default();
     while !clock.is_over() {
+        let mut due_ns = None;
         if let Some(rate) = options.rate {
             let due = Duration::from_secs_f64((count.packets + count.refused) as f64 / rate as f64);
             // Sleeping is part of it: a program that asks now and then has a core that has gone idle.
             thread::park_timeout(due.saturating_sub(clock.elapsed()));
+            due_ns = Some(start_ns + due.as_nanos() as u64);
         }
-        let sent_ns = monotonic_ns();
+        // At a rate a question that had to wait for the answer before it has waited, too.
+        let now_ns = monotonic_ns();
+        let sent_ns = due_ns.map_or(now_ns, |due| due.min(now_ns));
         if ask()? {
             latency.saturating_record(monotonic_ns() - sent_ns);
             count.packets += 1;
@@ -87,7 +92,11 @@ fn asker(options: &Options) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<
         Ok(stream)
     };
     let refused = move || format!("{to} does not answer: is `pktgen answer` there?");
-    let mut message = [0; MESSAGE];
+    let mut number = 0_u32;
+    let mut next = move || {
+        number = number.wrapping_add(1);
+        number.to_be_bytes()
+    };
     Ok(match options.transport {
         Transport::Udp => {
             let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
@@ -95,17 +104,24 @@ fn asker(options: &Options) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<
             socket.connect(to)?;
             socket.set_read_timeout(Some(PATIENCE))?;
             Box::new(move || {
+                let message = next();
                 socket.send(&message)?;
-                match socket.recv(&mut message) {
-                    Ok(_) => Ok(true),
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
-                    Err(error) => Err(error).with_context(refused),
+                loop {
+                    let mut answer = [0; MESSAGE];
+                    match socket.recv(&mut answer) {
+                        Ok(MESSAGE) if answer == message => return Ok(true),
+                        // Late, or twice.
+                        Ok(_) => {}
+                        Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                        Err(error) => return Err(error).with_context(refused),
+                    }
                 }
             })
         }
         Transport::Tcp => {
             let mut stream = connect().with_context(refused)?;
             Box::new(move || {
+                let mut message = next();
                 stream.write_all(&message)?;
                 stream.read_exact(&mut message).with_context(refused)?;
                 Ok(true)
@@ -113,6 +129,7 @@ fn asker(options: &Options) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<
         }
         Transport::Connect => Box::new(move || {
             let mut stream = connect().with_context(refused)?;
+            let mut message = next();
             stream.write_all(&message)?;
             stream.read_exact(&mut message).with_context(refused)?;
             Ok(true)

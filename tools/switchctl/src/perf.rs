@@ -85,7 +85,11 @@ fn print_worker(out: &mut impl Write, perf: &PerfInfo) -> io::Result<()> {
             cells
         });
         table(out, head, lines)?;
-        writeln!(out, "  ({} packets were timed: one turn in 31 is)", perf.timed_packets)?;
+        writeln!(
+            out,
+            "  ({} packets were timed: one turn in 31 is; cycles are ticks of the processor's counter)",
+            perf.timed_packets
+        )?;
     }
     let bursts: u64 = perf.bursts.iter().sum();
     if bursts > 0 {

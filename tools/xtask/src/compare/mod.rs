@@ -62,7 +62,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     if let Some(reason) = lab::missing_privilege() {
         bail!("{reason}");
     }
-    let mut results = Results { rounds: options.rounds, seconds: options.seconds, ..Results::default() };
+    let chosen = [&options.case[..], &options.system].concat();
+    let mut results = Results { chosen, rounds: options.rounds, seconds: options.seconds, ..Results::default() };
     let cases = chosen_cases(&options.case)?;
     let mut systems = chosen_systems(&options.system)?;
     systems.retain(|system| match system.missing() {

@@ -15,6 +15,8 @@ pub(super) struct Results {
     pub(super) rows: Vec<Row>,
     /// What could not be measured, and why.
     pub(super) failures: Vec<String>,
+    /// What was chosen of all; empty for all.
+    pub(super) chosen: Vec<String>,
     pub(super) rounds: u32,
     pub(super) seconds: f64,
 }
@@ -184,7 +186,7 @@ impl Results {
             })
             .collect();
         json!({
-            "machine": machine(), "rounds": self.rounds, "seconds": self.seconds, "cases": rows,
+            "machine": machine(), "chosen": self.chosen, "rounds": self.rounds, "seconds": self.seconds, "cases": rows,
             "failures": self.failures,
         })
     }
@@ -201,6 +203,9 @@ impl Results {
             "- medians of {} rounds, {} s each, alternating between the systems\n\n",
             self.rounds, self.seconds
         );
+        if !self.chosen.is_empty() {
+            text += &format!("Only a part of all cases: {}.\n\n", self.chosen.join(" "));
+        }
         text += SYSTEMS;
         if let Some(mut targets) = self.targets() {
             text += &format!("\n## What we want\n\n{}\n", targets.load_preset(presets::ASCII_MARKDOWN));
@@ -226,7 +231,10 @@ const SYSTEMS: &str = "\
 ends, connections, the check of senders and counters on. `bridge` is the kernel's, with its VXLAN device where a wire is
 crossed; `ovs` Open vSwitch's userspace datapath on AF_XDP ports; `forward` moves packets between two AF_XDP sockets and does
 nothing else; `redirect` has the kernel redirect them by XDP. The generator and all that the kernel does on reception run on
-the first core, the switch on the last one.
+the first core, a switch's one worker on the last; two workers, and a second node's, take the core before it, which on two cores is
+the generator's. iperf3 is not pinned. Pods are as each system's own documents make them: those of `vswitch` have links of 65,000
+bytes and leave checksums to it; those of `bridge` have 1,500 bytes with all offloads; those of `ovs` and `forward`, whose AF_XDP
+ports take neither partial checksums nor segments, 1,500 bytes and `tx off`.
 ";
 
 /// What the figures depend on.
