@@ -3,7 +3,12 @@
 //! `io/none` is the cost of giving and taking frames, contained in all others. Every hit bench also counts allocations,
 //! and refuses to report a number if there was one.
 
+use std::sync::Barrier;
+use std::thread;
+use std::time::Instant;
+
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use vswitch_benches::policies::{By, Policies};
 use vswitch_benches::{CountingAllocator, Rig, Way, allocations};
 
 #[global_allocator]
@@ -32,6 +37,60 @@ fn hits(criterion: &mut Criterion) {
     }
 }
 
+/// Routed, both ends under a policy of a thousand rules, connections followed, encapsulated: what the project is measured by.
+fn policed(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("hit/policy-encap");
+    group.throughput(Throughput::Elements(Rig::BURST));
+    for flows in [10_000, 1_000_000] {
+        group.bench_function(flows.to_string(), |bencher| {
+            let policies = Policies::new(1000, By::Labels);
+            let mut rig = Rig::with_policy(Way::Encap, flows, Some(&policies));
+            let before = allocations();
+            (0..COUNTED_TURNS).for_each(|_| rig.turn());
+            assert_eq!(allocations() - before, 0, "the hit path allocates");
+            bencher.iter(|| rig.turn());
+        });
+    }
+    group.finish();
+}
+
+/// Workers beside each other, each pinned, over one table of connections: all packets that they forward in the time that the
+/// slowest takes.
+#[expect(clippy::disallowed_methods, reason = "criterion is told the time of threads that it does not run")]
+fn workers(criterion: &mut Criterion) {
+    let cores = core_affinity::get_core_ids().unwrap_or_default();
+    let mut group = criterion.benchmark_group("workers/policy-encap");
+    for count in [1, 2] {
+        group.throughput(Throughput::Elements(Rig::BURST * count as u64));
+        group.bench_function(count.to_string(), |bencher| {
+            let policies = Policies::new(1000, By::Labels);
+            let mut rigs = Rig::workers(count, Way::Encap, 10_000, Some(&policies));
+            bencher.iter_custom(|turns| {
+                let barrier = Barrier::new(count);
+                let (barrier, cores) = (&barrier, &cores);
+                thread::scope(|scope| {
+                    let threads: Vec<_> = rigs
+                        .iter_mut()
+                        .enumerate()
+                        .map(|(at, rig)| {
+                            scope.spawn(move || {
+                                cores.get(at).map(|&core| core_affinity::set_for_current(core));
+                                barrier.wait();
+                                let start = Instant::now();
+                                (0..turns).for_each(|_| rig.turn());
+                                start.elapsed()
+                            })
+                        })
+                        .collect();
+                    let times = threads.into_iter().map(|thread| thread.join().expect("a worker"));
+                    times.max().unwrap_or_default()
+                })
+            });
+        });
+    }
+    group.finish();
+}
+
 fn misses(criterion: &mut Criterion) {
     for (name, way) in [("local", Way::Local), ("service", Way::Service), ("encap", Way::Encap)] {
         let mut group = criterion.benchmark_group(format!("miss/{name}"));
@@ -52,5 +111,5 @@ fn io(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, io, hits, misses);
+criterion_group!(benches, io, hits, policed, workers, misses);
 criterion_main!(benches);

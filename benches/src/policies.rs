@@ -56,7 +56,7 @@ pub fn policy(name: &str, pods: Selector, peers: &[Peer]) -> Policy {
         path: format!("spec.ingress[{at}]"),
         action: Action::Allow,
         peers: Some(vec![peer.clone()]),
-        ports: Some(vec![PortMatch::Ports { protocol: 17, first: 80, last: 90 }]),
+        ports: Some(vec![PortMatch::Ports { protocol: 17, first: 80, last: 120 }]),
     };
     let rules: Vec<Rule> = peers.iter().enumerate().map(rule).collect();
     Policy {
@@ -86,9 +86,9 @@ impl Policies {
         let mut compiler = Compiler::new();
         let address = |number: usize| IpAddr::V4(Ipv4Addr::from_bits(0x0b00_0000 + ((number as u32) << 8)));
         let subject = compiler.acquire(&facts(0));
-        // The pods of the rig have one identity.
-        for pod in [1, 2] {
-            let own = IpAddr::V4(Ipv4Addr::new(10, 1, 0, pod));
+        // The pods of the rig have one identity, the one on the other node too.
+        for own in [[10, 1, 0, 1], [10, 1, 0, 2], [10, 2, 0, 9]] {
+            let own = IpAddr::from(own);
             compiler.set_address(NETWORK, own, Some(Owner::Identity(subject)));
         }
         let mut peers = Vec::new();

@@ -62,22 +62,25 @@ struct Source {
     udp: usize,
     /// Sum of what the UDP checksum covers, with ports of zero.
     sum: u32,
+    /// The first flow, how many there are, and which is next.
+    first: usize,
     flows: usize,
     next: usize,
 }
 
 impl Source {
-    fn new(way: Way, flows: usize) -> Source {
+    fn new(way: Way, first: usize, flows: usize) -> Source {
         let packet = packet(way);
         let udp = packet.len() - (64 - 34);
         let sum = u32::from(!u16::from_be_bytes([packet[udp + 6], packet[udp + 7]]));
-        Source { packet, udp, sum, flows, next: 0 }
+        Source { packet, udp, sum, first, flows, next: 0 }
     }
 
     /// Writes the next packet into a frame; the flow's number is in both ports.
     fn take(&mut self, umem: &mut Umem) -> Option<Packet> {
         let mut packet = umem.packet_from(&self.packet)?;
-        let (source, destination) = ((self.next % 50_000) as u16 + 1024, (self.next / 50_000) as u16 + 80);
+        let flow = self.first + self.next;
+        let (source, destination) = ((flow % 50_000) as u16 + 1024, (flow / 50_000) as u16 + 80);
         let udp = &mut packet.head_mut().data_mut()[self.udp..self.udp + 8];
         udp[..2].copy_from_slice(&source.to_be_bytes());
         udp[2..4].copy_from_slice(&destination.to_be_bytes());
@@ -126,21 +129,37 @@ impl Rig {
     ///
     /// If the packets do not all come out at the other end.
     pub fn with_policy(way: Way, flows: usize, policies: Option<&Policies>) -> Rig {
+        let most = ConnectionConfig::default().limit;
+        // Only what is translated or judged needs its connection.
+        let port_limit =
+            if way == Way::Service || policies.is_some() { most } else { ConnectionConfig::default().port_limit };
+        let config = ConnectionConfig { seed: 0x77aa, port_limit, ..ConnectionConfig::default() };
+        Rig::over(Arc::new(Connections::new(config)), way, 0, flows, policies)
+    }
+
+    /// As many workers as asked for, each with `flows` flows of its own, over one table of connections.
+    ///
+    /// # Panics
+    ///
+    /// If the packets do not all come out at the other end.
+    pub fn workers(count: usize, way: Way, flows: usize, policies: Option<&Policies>) -> Vec<Rig> {
+        let port_limit = ConnectionConfig::default().limit;
+        let config = ConnectionConfig { seed: 0x77aa, port_limit, ..ConnectionConfig::default() };
+        let connections = Arc::new(Connections::new(config));
+        (0..count).map(|at| Rig::over(connections.clone(), way, at * flows, flows, policies)).collect()
+    }
+
+    fn over(connections: Arc<Connections>, way: Way, first: usize, flows: usize, policies: Option<&Policies>) -> Rig {
         let umem = Umem::new(1024).expect("memory");
         let config = WorkerConfig { flow_entries: (flows * 4).max(1024), seed: 0x9d3c_77a1, idle_turns: u32::MAX };
-        let most = ConnectionConfig::default().limit;
-        // Only what is translated needs its connection.
-        let port_limit = if way == Way::Service { most } else { ConnectionConfig::default().port_limit };
-        let config_of_connections = ConnectionConfig { seed: 0x77aa, port_limit, ..ConnectionConfig::default() };
-        let connections = Connections::new(config_of_connections);
-        let mut worker = Worker::new(umem, config, Arc::new(connections));
+        let mut worker = Worker::new(umem, config, connections);
         let (from, to) = match way {
             Way::Local | Way::Service => (POD, OTHER_POD),
             Way::Encap => (POD, UPLINK),
             Way::Decap => (UPLINK, POD),
         };
         for port in [UPLINK, POD, OTHER_POD] {
-            let source = (port == from).then(|| Source::new(way, flows));
+            let source = (port == from).then(|| Source::new(way, first, flows));
             worker.insert_port(port, Memory { source, sent: 0 });
         }
         let mut rig = Rig { worker, snapshot: snapshot(), now_ns: 1 };
