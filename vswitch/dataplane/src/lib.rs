@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 mod bucket;
+mod burst;
 pub mod connection;
 mod counters;
 pub mod decide;
