@@ -5,10 +5,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use vswitch_control::{Attached, Backend, FlowSample, MAX_UPLINKS, Own, WorkerSample};
+use vswitch_control::{Attached, Backend, FlowSample, OffloadSample, Own, WorkerSample};
 use vswitch_dataplane::connection::Connections;
 use vswitch_net::PortId;
-use vswitch_xsk::{AttachedProgram, BoundSocket, CopyMode, Role, XdpMode, XdpPreference, ZeroCopy};
+use vswitch_xsk::{
+    AttachedProgram, BoundSocket, CopyMode, FastPath, Programs, Role, Vtep, XdpMode, XdpPreference, ZeroCopy,
+};
 
 use crate::worker::{ANSWER_TIMEOUT, WorkerHandle};
 
@@ -19,10 +21,24 @@ const FRAMES_OF_A_PORT: usize = 128;
 #[derive(Debug)]
 pub(crate) struct Links {
     workers: Vec<WorkerHandle>,
+    /// Loaded when the first link is attached.
+    programs: Option<Programs>,
     attached: BTreeMap<PortId, AttachedLink>,
     connections: Arc<Connections>,
     xdp: XdpPreference,
+    offload: Offload,
     start: Instant,
+}
+
+/// Flows that the programs forward by themselves.
+#[derive(Debug)]
+enum Offload {
+    /// Nobody wants it.
+    Off,
+    /// So many, as soon as the programs are loaded.
+    Wanted(u32),
+    On(FastPath),
+    Failed(String),
 }
 
 #[derive(Debug)]
@@ -39,9 +55,11 @@ impl Links {
         workers: Vec<WorkerHandle>,
         connections: Arc<Connections>,
         xdp: XdpPreference,
+        offload_flows: Option<u32>,
         start: Instant,
     ) -> Links {
-        Links { workers, attached: BTreeMap::new(), connections, xdp, start }
+        let offload = offload_flows.map_or(Offload::Off, Offload::Wanted);
+        Links { workers, programs: None, attached: BTreeMap::new(), connections, xdp, offload, start }
     }
 
     /// Attaches the uplink with all its queues.
@@ -55,17 +73,68 @@ impl Links {
         self.attach_link(port, ifindex, role, zero_copy)
     }
 
-    /// The program of a port, to change what it takes.
-    pub(crate) fn program(&mut self, port: PortId) -> Option<&mut AttachedProgram> {
-        self.attached.get_mut(&port).map(|link| &mut link.program)
+    /// Changes what an uplink takes.
+    pub(crate) fn set_vtep(&mut self, port: PortId, vtep: Vtep) -> Result<(), String> {
+        let (Some(programs), Some(link)) = (&mut self.programs, self.attached.get(&port)) else { return Ok(()) };
+        programs.set_vtep(&link.program, vtep).map_err(|error| error.to_string())
     }
 
     /// What uplinks take without VXLAN: what goes to a local prefix from one of the cluster.
     pub(crate) fn set_direct(&mut self, local: &[(IpAddr, u8)], cluster: &[(IpAddr, u8)]) -> Result<(), String> {
-        for (_, link) in self.attached.iter_mut().filter(|(port, _)| port.index() < MAX_UPLINKS) {
-            link.program.set_direct(local, cluster).map_err(|error| error.to_string())?;
+        let Some(programs) = &mut self.programs else { return Ok(()) };
+        programs.set_direct(local, cluster).map_err(|error| error.to_string())
+    }
+
+    /// Puts the generation of the published snapshot in force in the kernel.
+    pub(crate) fn set_generation(&self, generation: u64) {
+        if let Offload::On(fast_path) = &self.offload {
+            fast_path.set_generation(generation);
         }
-        Ok(())
+    }
+
+    /// True if flows are offloaded, so that it must be known which links the kernel can send to.
+    pub(crate) fn is_offloading(&self) -> bool {
+        matches!(self.offload, Offload::On(_))
+    }
+
+    /// Tells which links XDP can send to. True if one is lost, so that flows there must come back.
+    pub(crate) fn set_targets(&self, can_be_sent_to: impl Fn(u32) -> bool) -> bool {
+        let Offload::On(fast_path) = &self.offload else { return false };
+        let mut is_lost = false;
+        for (&port, link) in &self.attached {
+            let target = Some(link.ifindex).filter(|&ifindex| link.program.is_fast() && can_be_sent_to(ifindex));
+            is_lost |= target.is_none() && fast_path.target(port).is_some();
+            fast_path.set_target(port, target);
+        }
+        is_lost
+    }
+
+    /// The programs, loaded if they are not yet. An offload that cannot be does not keep them from it.
+    fn load(&mut self) -> Result<&mut Programs, String> {
+        if self.programs.is_none() {
+            let now_ns = self.start.elapsed().as_nanos() as u64;
+            let wanted = if let Offload::Wanted(flows) = self.offload { Some(flows) } else { None };
+            let loaded = Programs::load(wanted, now_ns).and_then(|(programs, fast_path)| {
+                let Some(fast_path) = fast_path else { return Ok((programs, None)) };
+                for (index, worker) in (0..).zip(&self.workers) {
+                    let table = fast_path.table(index, self.workers.len() as u32);
+                    worker.offload(table.map_err(vswitch_xsk::ProgramError::FastPath)?);
+                }
+                Ok((programs, Some(fast_path)))
+            });
+            let (programs, fast_path) = match loaded {
+                Err(error) if wanted.is_some() => {
+                    self.offload = Offload::Failed(error.to_string());
+                    Programs::load(None, now_ns).map_err(|error| error.to_string())?
+                }
+                other => other.map_err(|error| error.to_string())?,
+            };
+            if let Some(fast_path) = fast_path {
+                self.offload = Offload::On(fast_path);
+            }
+            self.programs = Some(programs);
+        }
+        self.programs.as_mut().ok_or_else(|| "the XDP programs are not loaded".to_owned())
     }
 
     /// Has a worker send packets of the switch's own, after the snapshot that they belong to was published.
@@ -95,6 +164,11 @@ impl Links {
         self.attached.get(&port).map(|link| link.ifindex)
     }
 
+    /// The link indices of all ports.
+    pub(crate) fn ifindexes(&self) -> Vec<u32> {
+        self.attached.values().map(|link| link.ifindex).collect()
+    }
+
     /// A port whose fill ring cannot be filled would be deaf, and say nothing.
     fn check_memory(&self) -> Result<(), String> {
         for (index, worker) in self.workers.iter().enumerate() {
@@ -111,7 +185,32 @@ impl Links {
     /// Binds all queues of a link and deals them out to the workers. Each worker needs one, for a worker cannot send by
     /// another's.
     fn attach_link(&mut self, port: PortId, ifindex: u32, role: Role, zero_copy: ZeroCopy) -> Result<Attached, String> {
-        let mut program = AttachedProgram::attach(role, ifindex, self.xdp).map_err(|error| error.to_string())?;
+        let xdp = self.xdp;
+        let mut program = self.load()?.attach(port, role, ifindex, xdp).map_err(|error| error.to_string())?;
+        let bound = self.bind(&mut program, ifindex, zero_copy);
+        let (attached, sockets) = match bound {
+            Ok(bound) => bound,
+            Err(error) => {
+                self.load()?.detach(program);
+                return Err(error);
+            }
+        };
+        for (worker, sockets) in self.workers.iter().zip(sockets) {
+            worker.insert(port, sockets);
+        }
+        self.attached.insert(port, AttachedLink { ifindex, program });
+        Ok(attached)
+    }
+
+    /// A socket for each queue of a link, by worker.
+    fn bind(
+        &mut self,
+        program: &mut AttachedProgram,
+        ifindex: u32,
+        zero_copy: ZeroCopy,
+    ) -> Result<(Attached, Vec<Vec<BoundSocket>>), String> {
+        let is_offloading = self.is_offloading();
+        let programs = self.programs.as_mut().ok_or("the XDP programs are not loaded")?;
         let mut sockets: Vec<Vec<BoundSocket>> = self.workers.iter().map(|_| Vec::new()).collect();
         let mut copy_modes = Vec::new();
         let mut zero_copy_refusal = None;
@@ -123,14 +222,14 @@ impl Links {
                 Err(error) if error.is_no_queue() && queue as usize >= self.workers.len() => break,
                 Err(error) => return Err(error.to_string()),
             };
-            program.set_socket(queue, &socket).map_err(|error| error.to_string())?;
+            programs.set_socket(program, queue, &socket).map_err(|error| error.to_string())?;
             copy_modes.push(copy_mode_name(socket.copy_mode()).to_owned());
             zero_copy_refusal = zero_copy_refusal.or_else(|| socket.zero_copy_refusal().map(str::to_owned));
             sockets[owner].push(socket);
         }
-        for (worker, sockets) in self.workers.iter().zip(sockets) {
-            worker.insert(port, sockets);
-        }
+        // In generic mode a packet is the stack's already, and nothing is gained.
+        let is_fast = is_offloading && program.mode() == XdpMode::Native;
+        programs.set_fast(program, is_fast).map_err(|error| error.to_string())?;
         let attached = Attached {
             xdp_mode: match program.mode() {
                 XdpMode::Native => "native".to_owned(),
@@ -140,8 +239,7 @@ impl Links {
             copy_modes,
             zero_copy_refusal,
         };
-        self.attached.insert(port, AttachedLink { ifindex, program });
-        Ok(attached)
+        Ok((attached, sockets))
     }
 }
 
@@ -154,7 +252,12 @@ impl Backend for Links {
 
     fn detach(&mut self, port: PortId) {
         // The program first: then nothing new comes, and what is on its way finds its sockets still there.
-        self.attached.remove(&port);
+        if let (Some(link), Some(programs)) = (self.attached.remove(&port), &mut self.programs) {
+            programs.detach(link.program);
+        }
+        if let Offload::On(fast_path) = &self.offload {
+            fast_path.set_target(port, None);
+        }
         self.workers.iter().for_each(|worker| worker.remove(port));
     }
 
@@ -164,6 +267,29 @@ impl Backend for Links {
 
     fn flows(&mut self, since_ns: u64, limit: usize) -> Vec<FlowSample> {
         self.workers.iter().filter_map(|worker| worker.flows(since_ns, limit)).collect()
+    }
+
+    fn offload(&self) -> Option<OffloadSample> {
+        let fast_path = match &self.offload {
+            Offload::Off => return None,
+            Offload::Wanted(_) => None,
+            Offload::On(fast_path) => Some(fast_path),
+            Offload::Failed(error) => {
+                return Some(OffloadSample { problem: Some(error.clone()), without: Vec::new() });
+            }
+        };
+        let reason = |port: PortId, link: &AttachedLink| {
+            match () {
+            () if !link.program.is_fast() => Some("its XDP program runs in generic mode".to_owned()),
+            () if fast_path.is_some_and(|fast_path| fast_path.target(port).is_none()) => Some(
+                "the kernel cannot redirect packets to it: its other end needs `ethtool -K IFNAME gro on`, or its driver XDP"
+                    .to_owned(),
+            ),
+            () => None,
+        }
+        };
+        let without = self.attached.iter().filter_map(|(&port, link)| Some((port, reason(port, link)?)));
+        Some(OffloadSample { problem: None, without: without.collect() })
     }
 
     fn connections(&self) -> &Connections {

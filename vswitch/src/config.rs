@@ -47,6 +47,8 @@ pub(crate) struct Worker {
     pub(crate) idle_turns: u32,
     pub(crate) umem_frames: usize,
     pub(crate) flow_entries: usize,
+    pub(crate) offload: Offload,
+    pub(crate) offload_flows: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -109,6 +111,16 @@ pub(crate) enum Poll {
     Busy,
 }
 
+/// Who forwards flows that were judged.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Offload {
+    /// The worker.
+    Off,
+    /// The XDP programs, as far as they can.
+    Xdp,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum XdpMode {
@@ -139,6 +151,8 @@ impl Default for Worker {
             idle_turns: 200,
             umem_frames: 32_768,
             flow_entries: 131_072,
+            offload: Offload::Off,
+            offload_flows: 65_536,
         }
     }
 }
@@ -183,6 +197,13 @@ impl Host {
     /// The switch's end of the veth.
     pub(crate) fn switch_link(&self) -> String {
         format!("{}-sw", self.link)
+    }
+}
+
+impl Worker {
+    /// How many flows to have the kernel forward, if any.
+    pub(crate) fn offloaded(&self) -> Option<u32> {
+        (self.offload == Offload::Xdp).then_some(self.offload_flows)
     }
 }
 
@@ -246,7 +267,7 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), String> {
-        let Worker { count, cores, umem_frames, flow_entries, .. } = &self.worker;
+        let Worker { count, cores, umem_frames, flow_entries, offload_flows, .. } = &self.worker;
         if !(1..=64).contains(count) {
             return Err(format!("worker.count: {count} is not allowed; allowed are 1 to 64"));
         }
@@ -258,6 +279,9 @@ impl Config {
         }
         if !(16..=1 << 26).contains(flow_entries) {
             return Err(format!("worker.flow_entries: {flow_entries} is not allowed; allowed are 16 to 67108864"));
+        }
+        if !(64..=1 << 22).contains(offload_flows) {
+            return Err(format!("worker.offload_flows: {offload_flows} is not allowed; allowed are 64 to 4194304"));
         }
         let uplinks: Vec<&String> = self.uplink.all().collect();
         if uplinks.len() > MAX_UPLINKS {

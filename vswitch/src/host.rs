@@ -19,7 +19,7 @@ use vswitch_control::HostPlan;
 use vswitch_link::{HOST_PROTOCOL, HostRoute, Kernel, LinkError, REMOTE_PROTOCOL, UdpFlows};
 use vswitch_net::{MacAddr, POD_LINK_MTU};
 
-use crate::config::Host;
+use crate::config::{Host, Worker};
 
 /// What a note may name.
 const SETTINGS: &str = "/proc/sys/net/";
@@ -64,7 +64,7 @@ impl HostLink {
         kernel: &Kernel,
         config: &Host,
         runtime_dir: &Path,
-        workers: u32,
+        worker: &Worker,
     ) -> anyhow::Result<HostLink> {
         // A link that was lost is noted already, with what was done beside it.
         let note = note_of(runtime_dir);
@@ -74,7 +74,9 @@ impl HostLink {
         };
         fs::write(&note, &noted).with_context(|| format!("cannot write {}", note.display()))?;
         kernel.remove_own_routes().await?;
-        let mac = kernel.create_host_veth(&config.link, &config.switch_link(), POD_LINK_MTU, workers).await?;
+        let (queues, receives_xdp) = (worker.count as u32, worker.offloaded().is_some());
+        let switch = config.switch_link();
+        let mac = kernel.create_host_veth(&config.link, &switch, POD_LINK_MTU, queues, receives_xdp).await?;
         let link = kernel.link(&config.link).await?.ok_or_else(|| anyhow!("link {} is gone again", config.link))?;
         let mut host = HostLink {
             config: config.clone(),

@@ -66,6 +66,7 @@ pub(crate) async fn learn(daemon: Rc<Daemon>, events: Receiver<Event>, news: Arc
             _ = second.tick() => {
                 daemon.control.borrow_mut().tick(daemon.now_ns());
                 daemon.sweep(seconds);
+                daemon.look_for_targets().await;
                 if seconds % DRAIN_SECONDS == 0 {
                     daemon.drain().await;
                 }

@@ -174,10 +174,8 @@ fn update(change: &Change<'_>, config: &Uplink, control: &mut Control, links: &m
     let has_other_queues = is_attached && queues.is_some_and(|queues| bound.is_some_and(|bound| bound != queues));
     let attached = match &known {
         Some(known) if is_attached && !has_other_queues => {
-            if (known.v4, known.v6) != (vtep.v4, vtep.v6)
-                && let Some(program) = links.program(*port)
-            {
-                program.set_vtep(*vtep).map_err(|error| error.to_string())?;
+            if (known.v4, known.v6) != (vtep.v4, vtep.v6) {
+                links.set_vtep(*port, *vtep)?;
                 notes.push(format!("vtep changed to {}", show_vtep(*vtep)));
             }
             if known.mtu != link.mtu {

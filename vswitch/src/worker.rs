@@ -17,7 +17,7 @@ use vswitch_control::{FlowSample, MAX_UPLINKS, Own, SocketSample, WorkerSample, 
 use vswitch_dataplane::connection::Connections;
 use vswitch_dataplane::{Event, PortIo, Snapshot, Worker, WorkerConfig};
 use vswitch_net::PortId;
-use vswitch_xsk::{Binder, BoundSocket, Closing, Packet, TxChecksum, Umem, XskSocket, cycles};
+use vswitch_xsk::{Binder, BoundSocket, Closing, FastTable, Packet, TxChecksum, Umem, XskSocket, cycles};
 
 /// How long a command may take: a worker answers between two turns.
 pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -28,6 +28,9 @@ const PARKED_CHECK_TURNS: u32 = 32;
 /// Longest sleep; a shorter one while sent frames are still with the kernel.
 const SLEEP: Duration = Duration::from_millis(500);
 const SLEEP_WHILE_SENDING: Duration = Duration::from_millis(1);
+
+/// Sleep while flows are forwarded in the kernel, whose counters are to be read in turn.
+const SLEEP_WHILE_OFFLOADING: Duration = Duration::from_millis(20);
 
 /// Marks the eventfd among the ports in the epoll set.
 const WAKER: u64 = u64::MAX;
@@ -67,6 +70,7 @@ enum Command {
     Insert(PortId, Vec<BoundSocket>),
     Remove(PortId, Sender<Vec<(Arc<OwnedFd>, Closing)>>),
     Reclaim(Vec<Closing>),
+    Offload(FastTable),
     Sample(Sender<WorkerSample>),
     Originate(Vec<Own>),
     Sync(Sender<()>),
@@ -163,6 +167,11 @@ impl WorkerHandle {
             })
             .collect();
         self.send(Command::Reclaim(closing));
+    }
+
+    /// Lets flows be forwarded in the kernel.
+    pub(crate) fn offload(&self, table: FastTable) {
+        self.send(Command::Offload(table));
     }
 
     /// Sends packets of the switch's own.
@@ -263,7 +272,11 @@ impl WorkerThread {
                 }
                 self.sleeps += 1;
                 let slept_from_ns = self.shared.start.elapsed().as_nanos() as u64;
-                self.wait(if turn.is_sending || turn.is_holding { SLEEP_WHILE_SENDING } else { SLEEP });
+                self.wait(match () {
+                    () if turn.is_sending || turn.is_holding => SLEEP_WHILE_SENDING,
+                    () if self.worker.has_fast_flows() => SLEEP_WHILE_OFFLOADING,
+                    () => SLEEP,
+                });
                 // What it did before it slept is counted here, for the next turn begins with the wake-up.
                 let woken_ns = self.shared.start.elapsed().as_nanos() as u64;
                 *(if is_busy { &mut self.times.busy_ns } else { &mut self.times.idle_ns }) +=
@@ -315,6 +328,7 @@ impl WorkerThread {
             Command::Reclaim(closing) => {
                 closing.into_iter().for_each(|closing| closing.reclaim(self.worker.umem_mut()));
             }
+            Command::Offload(table) => self.worker.offload(Box::new(table)),
             Command::Originate(packets) => {
                 let now_ns = self.shared.start.elapsed().as_nanos() as u64;
                 let snapshot = self.snapshot.load();
@@ -326,9 +340,11 @@ impl WorkerThread {
                 let _ = answer.send(());
             }
             Command::Sample(answer) => {
+                self.worker.settle(self.shared.start.elapsed().as_nanos() as u64);
                 let _ = answer.send(self.sample());
             }
             Command::Flows { since_ns, limit, answer } => {
+                self.worker.settle(self.shared.start.elapsed().as_nanos() as u64);
                 let flows = self.worker.flows(since_ns, limit);
                 let _ = answer.send(FlowSample { worker: self.setup.index, flows });
             }
@@ -399,6 +415,7 @@ impl WorkerThread {
             perf: self.worker.perf().clone(),
             times: WorkerTimes { cycles: cycles().wrapping_sub(self.start_cycles), ..self.times },
             sockets: sockets.collect(),
+            fast: self.worker.fast_state(),
         }
     }
 }

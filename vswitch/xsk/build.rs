@@ -3,5 +3,5 @@
 mod clang;
 
 fn main() {
-    clang::compile_all(&["pod", "uplink"], "bpf");
+    clang::compile_all(&["switch"], "bpf");
 }

@@ -6,7 +6,8 @@ use std::io::{self, Write};
 use comfy_table::{ContentArrangement, Table, presets};
 
 use vswitch_api::{
-    Answer, DropInfo, Encap, FlowInfo, HostInfo, NetworkInfo, PortInfo, PortStats, StatsInfo, StatusInfo, UplinkInfo,
+    Answer, DropInfo, Encap, FlowInfo, HostInfo, NetworkInfo, OffloadInfo, PortInfo, PortStats, StatsInfo, StatusInfo,
+    UplinkInfo,
 };
 
 use crate::{perf, policy, service};
@@ -217,7 +218,7 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
                     &flow.protocol,
                     &source,
                     &destination,
-                    &flow.action,
+                    &if flow.offloaded { format!("{}, offloaded", flow.action) } else { flow.action.clone() },
                     &flow.packets,
                     &flow.bytes,
                     &idle,
@@ -267,6 +268,7 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
             status.ports_waiting
         )?;
     }
+    status.offload.iter().try_for_each(|offload| print_offload(out, offload))?;
     for ipam in &status.ipam {
         let free = if ipam.free > PLENTY { "plenty".to_owned() } else { ipam.free.to_string() };
         writeln!(out, "addresses of {} in {}: {} used, {free} free", ipam.network, ipam.range, ipam.used)?;
@@ -290,6 +292,16 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
             ])
         }),
     )
+}
+
+fn print_offload(out: &mut impl Write, offload: &OffloadInfo) -> io::Result<()> {
+    let OffloadInfo { state, flows, capacity, refused, packets, without } = offload;
+    write!(out, "offload: {state}, {flows} of {capacity} flows, {packets} packets forwarded in the kernel")?;
+    if *refused > 0 {
+        write!(out, "; {refused} times there was no room for a flow: raise worker.offload_flows")?;
+    }
+    writeln!(out)?;
+    without.iter().try_for_each(|link| writeln!(out, "  without {}: {}", link.link, link.reason))
 }
 
 /// One line, with the reason if something is amiss.

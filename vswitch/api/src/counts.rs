@@ -132,6 +132,9 @@ pub struct FlowInfo {
     pub bytes: u64,
     /// Milliseconds since the last packet.
     pub idle_ms: u64,
+    /// True if the kernel forwards it.
+    #[serde(default)]
+    pub offloaded: bool,
 }
 
 /// Counters.

@@ -37,8 +37,8 @@ pub use policy::{
 pub use port::{Attachment, Bandwidth, PortMapping, PortSpec, Protocol, SenderCheck};
 pub use request::Request;
 pub use response::{
-    Answer, FdbInfo, GroupInfo, HostInfo, IpamInfo, NeighborInfo, NetworkInfo, PeerInfo, PodRoute, PortInfo, RouteInfo,
-    StatusInfo, UplinkInfo,
+    Answer, FdbInfo, GroupInfo, HostInfo, IpamInfo, NeighborInfo, NetworkInfo, OffloadInfo, OffloadLinkInfo, PeerInfo,
+    PodRoute, PortInfo, RouteInfo, StatusInfo, UplinkInfo,
 };
 
 pub use service::{Affinity, BackendInfo, EgressInfo, EgressSpec, ServiceInfo, ServiceSpec};

@@ -158,6 +158,35 @@ pub struct StatusInfo {
     pub ipam: Vec<IpamInfo>,
     /// Resident memory of the daemon, bytes.
     pub memory_bytes: u64,
+    /// The offload of flows to the kernel, if it is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offload: Option<OffloadInfo>,
+}
+
+/// The offload of flows to the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OffloadInfo {
+    /// `on`, or why nothing is offloaded.
+    pub state: String,
+    /// Flows that the kernel forwards now.
+    pub flows: usize,
+    /// Flows that there is room for.
+    pub capacity: usize,
+    /// Times that a flow found no room.
+    pub refused: u64,
+    /// Packets that the kernel forwarded.
+    pub packets: u64,
+    /// Links that take no part.
+    pub without: Vec<OffloadLinkInfo>,
+}
+
+/// A link that takes no part in the offload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OffloadLinkInfo {
+    /// The link.
+    pub link: String,
+    /// Why.
+    pub reason: String,
 }
 
 /// The port that leads into the host's stack.

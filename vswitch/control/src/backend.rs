@@ -1,7 +1,7 @@
 //! What control needs of the world: links and the workers' numbers. The daemon's is real; tests have a small one.
 
 use vswitch_dataplane::connection::Connections;
-use vswitch_dataplane::{Counters, Perf, Translation, table::flow::FlowEntry};
+use vswitch_dataplane::{Counters, FastState, Perf, table::flow::Flow};
 use vswitch_net::PortId;
 use vswitch_xsk::{KickCounters, SocketStatistics};
 
@@ -52,6 +52,17 @@ pub struct WorkerSample {
     pub times: WorkerTimes,
     /// Its sockets.
     pub sockets: Vec<SocketSample>,
+    /// What it has the kernel forward, if that is asked for.
+    pub fast: Option<FastState>,
+}
+
+/// The state of the offload.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OffloadSample {
+    /// Why nothing is offloaded, if so.
+    pub problem: Option<String>,
+    /// Ports that take no part, each with why.
+    pub without: Vec<(PortId, String)>,
 }
 
 /// How long a worker did what.
@@ -72,8 +83,8 @@ pub struct WorkerTimes {
 pub struct FlowSample {
     /// The worker.
     pub worker: usize,
-    /// The flows, with what their packets leave as.
-    pub flows: Vec<(FlowEntry, Option<Translation>)>,
+    /// The flows.
+    pub flows: Vec<Flow>,
 }
 
 /// The world as control needs it.
@@ -93,6 +104,11 @@ pub trait Backend {
 
     /// Up to `limit` flows of each worker that had a packet since `since_ns`.
     fn flows(&mut self, since_ns: u64, limit: usize) -> Vec<FlowSample>;
+
+    /// The state of the offload, if it is asked for.
+    fn offload(&self) -> Option<OffloadSample> {
+        None
+    }
 
     /// The connections of all workers.
     fn connections(&self) -> &Connections;

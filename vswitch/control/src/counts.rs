@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use vswitch_api::{DropInfo, FlowInfo, PerfInfo, PortStats, SocketInfo, StageInfo, StatsInfo, WorkerInfo};
-use vswitch_dataplane::table::flow::FlowEntry;
-use vswitch_dataplane::{Action, DropReason, Output, PortCounters, Stage, Translation};
+use vswitch_dataplane::table::flow::Flow;
+use vswitch_dataplane::{Action, DropReason, Output, PortCounters, Stage};
 use vswitch_net::PortId;
 
 use crate::Control;
@@ -19,13 +19,11 @@ impl Control {
     pub(crate) fn flows(&self, now_ns: u64, limit: usize, backend: &mut dyn Backend) -> Vec<FlowInfo> {
         let samples = backend.flows(now_ns.saturating_sub(FLOW_RECENT_NS), limit);
         let flows = samples.iter().flat_map(|sample| sample.flows.iter().map(|flow| (sample.worker, flow)));
-        flows
-            .take(limit)
-            .map(|(worker, (flow, leaves_as))| self.flow_info(now_ns, worker, flow, leaves_as.as_ref()))
-            .collect()
+        flows.take(limit).map(|(worker, flow)| self.flow_info(now_ns, worker, flow)).collect()
     }
 
-    fn flow_info(&self, now_ns: u64, worker: usize, flow: &FlowEntry, leaves_as: Option<&Translation>) -> FlowInfo {
+    fn flow_info(&self, now_ns: u64, worker: usize, flow: &Flow) -> FlowInfo {
+        let Flow { entry: flow, translation: leaves_as, is_offloaded } = flow;
         let fields = flow.key.fields();
         let from = match fields.peer {
             Some(peer) => format!("peer {}", self.desired.peer_name(peer)),
@@ -62,6 +60,7 @@ impl Control {
             packets: flow.packets,
             bytes: flow.bytes,
             idle_ms: now_ns.saturating_sub(flow.used_ns) / 1_000_000,
+            offloaded: *is_offloaded,
         }
     }
 

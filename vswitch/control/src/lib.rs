@@ -48,7 +48,7 @@ mod underlay;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-pub use backend::{Attached, Backend, FlowSample, SocketSample, WorkerSample, WorkerTimes};
+pub use backend::{Attached, Backend, FlowSample, OffloadSample, SocketSample, WorkerSample, WorkerTimes};
 pub use bridging::{Own, OwnWay};
 pub use host::{HostPlan, HostState};
 pub use state::{PortRecord, State};
@@ -369,6 +369,11 @@ impl Control {
         }
         self.dirty = Dirty::Nothing;
         Some(Arc::new(self.compile()))
+    }
+
+    /// Has every flow decided anew, as after a change: something that is not in the snapshot is otherwise.
+    pub fn invalidate(&mut self) {
+        self.mark(Dirty::Change);
     }
 
     /// What a restart must know of policies and endpoints, and what has changed since the last call.

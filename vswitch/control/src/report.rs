@@ -6,12 +6,13 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use vswitch_api::{
     Answer, ApiError, ErrorCode, FdbInfo, FdbTarget, HostInfo, IpamInfo, NeighborInfo, NetworkInfo, NetworkMode,
-    NetworkSpec, PeerInfo, PeerSpec, PodRoute, PortInfo, PortSpec, Request, RouteInfo, StatusInfo, UplinkInfo,
+    NetworkSpec, OffloadInfo, OffloadLinkInfo, PeerInfo, PeerSpec, PodRoute, PortInfo, PortSpec, Request, RouteInfo,
+    StatusInfo, UplinkInfo,
 };
 use vswitch_dataplane::Location;
 use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, MacAddr, NetworkIndex, PortId};
 
-use crate::backend::{Attached, Backend};
+use crate::backend::{Attached, Backend, OffloadSample, WorkerSample};
 use crate::checks::full_length;
 use crate::counts::worker_info;
 use crate::desired::{NetworkEntry, not_found};
@@ -164,6 +165,20 @@ impl Control {
             peers_reachable: peers.iter().filter(|peer| peer.state == "reachable").count(),
             ipam: self.desired.networks.values().flat_map(|network| self.ipam(network)).collect(),
             memory_bytes,
+            offload: backend.offload().map(|sample| self.offload_info(sample, &workers)),
+        }
+    }
+
+    fn offload_info(&self, sample: OffloadSample, workers: &[WorkerSample]) -> OffloadInfo {
+        let states = || workers.iter().filter_map(|worker| worker.fast);
+        let link = |(port, reason)| OffloadLinkInfo { link: self.link_name(port), reason };
+        OffloadInfo {
+            state: sample.problem.unwrap_or_else(|| "on".to_owned()),
+            flows: states().map(|state| state.flows).sum(),
+            capacity: states().map(|state| state.capacity).sum(),
+            refused: states().map(|state| state.refused).sum(),
+            packets: workers.iter().map(|worker| worker.counters.offloaded).sum(),
+            without: sample.without.into_iter().map(link).collect(),
         }
     }
 

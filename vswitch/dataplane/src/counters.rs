@@ -41,6 +41,8 @@ pub struct Counters {
     pub flow_hits: u64,
     /// Flow lookups that did not.
     pub flow_misses: u64,
+    /// Packets that the kernel forwarded, of flows that were offloaded. They are in their ports' counters too.
+    pub offloaded: u64,
     /// ICMP errors sent.
     pub errors_sent: u64,
     /// ICMP errors not sent, because the port had caused too many.

@@ -17,16 +17,16 @@ use crate::counters::OWN;
 use crate::decide::is_cacheable;
 use crate::egress::{Edit, Egress, Ports, Scratch};
 use crate::event::{Event, Events, OwnWay};
+use crate::fastpath::{Fast, FastIo, FastState};
 use crate::miss::Miss;
 use crate::parse::{parse, parse_own, tag_of};
 use crate::perf::{Perf, Stage};
 use crate::port::PortIo;
 use crate::shape::{Held, Queue, Shaped, may_wait};
 use crate::snapshot::Snapshot;
-use crate::table::flow::{FlowEntry, FlowTable, Probe};
+use crate::table::flow::{Flow, FlowTable, Probe};
 use crate::table::fragment::Fragments;
 use crate::tagged;
-use crate::translate::Translation;
 use crate::verdict::{DropReason, Output};
 
 /// Most packets of one receive call.
@@ -82,6 +82,8 @@ pub struct Worker<P> {
     from: Vec<Queue>,
     burst: Burst,
     perf: Perf,
+    /// Flows that the kernel forwards; none if it never does.
+    fast: Option<Box<Fast>>,
     config: WorkerConfig,
 }
 
@@ -107,7 +109,31 @@ impl<P: PortIo> Worker<P> {
             from: Vec::new(),
             burst: Burst::default(),
             perf: Perf::default(),
+            fast: None,
             config,
+        }
+    }
+
+    /// Lets flows be forwarded by somebody else, as far as that can.
+    pub fn offload(&mut self, io: Box<dyn FastIo>) {
+        self.flows.open_places();
+        self.fast = Some(Box::new(Fast::new(io)));
+    }
+
+    /// How many flows are forwarded by somebody else; none if [`offload`](Self::offload) was not called.
+    pub fn fast_state(&self) -> Option<FastState> {
+        self.fast.as_ref().map(|fast| fast.state())
+    }
+
+    /// True if somebody else forwards flows, or has a moment ago, so that their counters must be read.
+    pub fn has_fast_flows(&self) -> bool {
+        self.fast.as_ref().is_some_and(|fast| !fast.is_empty())
+    }
+
+    /// Brings the counters of offloaded flows up to date.
+    pub fn settle(&mut self, now_ns: u64) {
+        if let Some(fast) = &mut self.fast {
+            fast.harvest_all(&mut self.flows, &mut self.counters, now_ns);
         }
     }
 
@@ -137,6 +163,9 @@ impl<P: PortIo> Worker<P> {
 
     /// Takes a port away, with whatever it still has under way.
     pub fn remove_port(&mut self, port: PortId) -> Option<P> {
+        if let Some(fast) = &mut self.fast {
+            fast.forget_port(port, &mut self.flows, &mut self.counters);
+        }
         self.active.retain(|&(other, _)| other != port);
         self.idle.retain(|&other| other != port);
         self.ports.busy.retain(|&other| other != port);
@@ -170,6 +199,9 @@ impl<P: PortIo> Worker<P> {
         self.perf.begin();
         if self.counters.held > 0 {
             self.release(now_ns, snapshot);
+        }
+        if let Some(fast) = &mut self.fast {
+            fast.harvest(&mut self.flows, &mut self.counters, now_ns);
         }
         let mut received = 0;
         let mut at = 0;
@@ -281,9 +313,9 @@ impl<P: PortIo> Worker<P> {
         Some((self.ports.io.get_mut(port.index())?.as_mut()?, &mut self.umem))
     }
 
-    /// Flows that matched since `since_ns`, at most `limit`, with what their packets become.
-    pub fn flows(&self, since_ns: u64, limit: usize) -> Vec<(FlowEntry, Option<Translation>)> {
-        self.flows.dump(since_ns).take(limit).map(|(flow, translation)| (*flow, translation)).collect()
+    /// Flows that matched since `since_ns`, at most `limit`.
+    pub fn flows(&self, since_ns: u64, limit: usize) -> Vec<Flow> {
+        self.flows.dump(since_ns).take(limit).collect()
     }
 
     /// False for a port that could not become readable, and so must not be waited for.
@@ -356,7 +388,19 @@ impl<P: PortIo> Worker<P> {
     /// The walk of one burst: parse all, look all up, decide about the misses, then one loop a verdict.
     fn process(&mut self, ingress: PortId, now_ns: u64, snapshot: &Snapshot) {
         let Worker {
-            umem, ports, flows, counters, events, fragments, connections, scratch, burst, perf, config, ..
+            umem,
+            ports,
+            flows,
+            counters,
+            events,
+            fragments,
+            connections,
+            scratch,
+            burst,
+            perf,
+            fast,
+            config,
+            ..
         } = self;
         let Burst { packets, slots, local, encap, coalesce, .. } = burst;
         let mut out = Egress { ports, umem, counters, snapshot, scratch, now_ns, is_quiet: false };
@@ -410,19 +454,35 @@ impl<P: PortIo> Worker<P> {
                 if slot.action.is_translated {
                     slot.translation = Some(flows.translation(at));
                 }
+                if let Some(fast) = fast
+                    && flows.is_due(at)
+                {
+                    fast.offer(flows, at, meta, snapshot, now_ns);
+                }
             } else {
                 out.counters.flow_misses += 1;
                 let flow = meta.key.without_control();
+                if let Some(fast) = fast
+                    && let Some(place) = flows.find_exact(&flow, meta.hash).and_then(|at| flows.place(at))
+                {
+                    fast.sync(place, flows, out.counters, now_ns);
+                }
                 let miss = Miss { meta, now_ns, last_seq: flows.last_seq(&flow, meta.hash), connections };
-                if meta.is_syn {
-                    flows.forget(&flow, meta.hash);
+                if meta.is_syn
+                    && let Some(place) = flows.forget(&flow, meta.hash)
+                    && let Some(fast) = fast
+                {
+                    fast.end(place, now_ns);
                 }
                 let Some((action, admitted)) = miss.decide(&mut slot.packet, &mut out, events) else { continue };
                 slot.action = action;
                 slot.translation = admitted.leaves_as;
                 if admitted.is_lasting && is_cacheable(meta) {
                     let leaves_as = admitted.leaves_as.as_ref();
-                    flows.insert(meta.hash, &probe, action, leaves_as, admitted.window_bits);
+                    let at = flows.insert(meta.hash, &probe, action, leaves_as, admitted.window_bits);
+                    if let Some(fast) = fast {
+                        fast.renew(flows, at, meta, snapshot, now_ns);
+                    }
                 }
             }
             match slot.action.output {

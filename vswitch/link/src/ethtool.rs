@@ -41,9 +41,13 @@ const WANTED: u16 = 3;
 const BITSET_BITS: u16 = 3;
 const BITSET_BIT: u16 = 1;
 const BIT_NAME: u16 = 2;
+const BIT_VALUE: u16 = 3;
 
 /// The kernel's answers for a feature that it does not know or that the device does not have.
 const UNKNOWN: [i32; 2] = [22, 95];
+
+/// What XDP can send to a veth's other end by: its packets are then received in turns (`veth.c`).
+const GRO: &str = "rx-gro";
 
 /// Turns the offloads off on a link, here or in another namespace; that of TCP too unless it `may_segment`.
 ///
@@ -51,6 +55,25 @@ const UNKNOWN: [i32; 2] = [22, 95];
 ///
 /// [`LinkError::Refused`], not for features that the kernel does not know.
 pub(crate) async fn turn_off(netns: Option<&Netns>, ifname: &str, may_segment: bool) -> Result<(), LinkError> {
+    let tcp = if may_segment { &[][..] } else { TCP };
+    set(netns, ifname, OFF.iter().chain(tcp), false).await
+}
+
+/// Has a link, here or in another namespace, take what XDP redirects to its other end. It must be up, or nobody hears of it.
+///
+/// # Errors
+///
+/// [`LinkError::Refused`].
+pub(crate) async fn take_redirected(netns: Option<&Netns>, ifname: &str) -> Result<(), LinkError> {
+    set(netns, ifname, [&GRO], true).await
+}
+
+async fn set(
+    netns: Option<&Netns>,
+    ifname: &str,
+    features: impl IntoIterator<Item = &&'static str>,
+    is_on: bool,
+) -> Result<(), LinkError> {
     let runtime = tokio::runtime::Handle::current();
     let open = move || {
         let _guard = runtime.enter();
@@ -63,9 +86,8 @@ pub(crate) async fn turn_off(netns: Option<&Netns>, ifname: &str, may_segment: b
     let (connection, mut handle) = opened.map_err(LinkError::Open)?;
     let connection = tokio::spawn(connection);
     let mut result = Ok(());
-    let tcp = if may_segment { &[][..] } else { TCP };
-    for feature in OFF.iter().chain(tcp) {
-        result = request(&mut handle, ifname, feature).await;
+    for feature in features {
+        result = request(&mut handle, ifname, feature, is_on).await;
         if result.is_err() {
             break;
         }
@@ -103,14 +125,16 @@ async fn channels(handle: &mut GenetlinkHandle, ifname: &str) -> Option<u32> {
     (queues > 0).then_some(queues)
 }
 
-async fn request(handle: &mut GenetlinkHandle, ifname: &str, feature: &str) -> Result<(), LinkError> {
-    let failed = |source| LinkError::Refused { what: format!("turn {feature} of {ifname} off"), source };
+async fn request(handle: &mut GenetlinkHandle, ifname: &str, feature: &str, is_on: bool) -> Result<(), LinkError> {
+    let state = if is_on { "on" } else { "off" };
+    let failed = |source| LinkError::Refused { what: format!("turn {feature} of {ifname} {state}"), source };
     let other = |error: genetlink::GenetlinkError| failed(std::io::Error::other(error.to_string()));
-    // One bit in the mask and not in the value.
-    let bit = nested(BITSET_BIT, bytes(&[text(BIT_NAME, feature)]));
-    let wanted = nested(WANTED, bytes(&[nested(BITSET_BITS, bytes(&[bit]))]));
-    let off = Ethtool { command: FEATURES_SET, body: bytes(&[header(ifname), wanted]) };
-    let mut message = NetlinkMessage::from(GenlMessage::from_payload(off));
+    // One bit in the mask, and in the value if it has that mark.
+    let mut parts = vec![text(BIT_NAME, feature)];
+    parts.extend(is_on.then(|| DefaultNla::new(BIT_VALUE, Vec::new())));
+    let wanted = nested(WANTED, bytes(&[nested(BITSET_BITS, bytes(&[nested(BITSET_BIT, bytes(&parts))]))]));
+    let set = Ethtool { command: FEATURES_SET, body: bytes(&[header(ifname), wanted]) };
+    let mut message = NetlinkMessage::from(GenlMessage::from_payload(set));
     message.header.flags = NLM_F_REQUEST | NLM_F_ACK;
     let mut answers = handle.request(message).await.map_err(other)?;
     while let Some(answer) = answers.next().await {

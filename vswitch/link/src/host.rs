@@ -53,6 +53,7 @@ impl Kernel {
         switch: &str,
         mtu: u32,
         queues: u32,
+        receives_xdp: bool,
     ) -> Result<MacAddr, LinkError> {
         self.delete_pair(host, switch).await?;
         let queues = [LinkAttribute::NumTxQueues(queues), LinkAttribute::NumRxQueues(queues)];
@@ -65,14 +66,14 @@ impl Kernel {
         let message = message.set_info_data(InfoData::Veth(InfoVeth::Peer(peer.build()))).build();
         let what = || format!("make the veth {host} and {switch}");
         self.handle.link().add(message).execute().await.map_err(|error| refused(what(), error))?;
-        let done = self.prepare_host_veth(host, switch).await;
+        let done = self.prepare_host_veth(host, switch, receives_xdp).await;
         if done.is_err() {
             let _ = self.delete_link(host).await;
         }
         done
     }
 
-    async fn prepare_host_veth(&self, host: &str, switch: &str) -> Result<MacAddr, LinkError> {
+    async fn prepare_host_veth(&self, host: &str, switch: &str, receives_xdp: bool) -> Result<MacAddr, LinkError> {
         seal(switch)?;
         // Pods of other nodes may be reached by another way than they come.
         write_setting("ipv4", host, "rp_filter", "2")?;
@@ -85,6 +86,9 @@ impl Kernel {
                 .execute()
                 .await
                 .map_err(|error| refused(format!("set link {name} up"), error))?;
+        }
+        if receives_xdp {
+            ethtool::take_redirected(None, host).await?;
         }
         let link = self.link(host).await?;
         link.map(|link| link.mac).ok_or_else(|| LinkError::Refused {

@@ -8,6 +8,7 @@ mod conntrack;
 mod ethtool;
 mod follow;
 mod host;
+mod netdev;
 mod netns;
 pub mod plug;
 mod underlay;

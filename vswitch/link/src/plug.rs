@@ -93,8 +93,8 @@ pub async fn plug(client: &mut Client, plug: &Plug<'_>) -> Result<PortInfo, Plug
     if pod.link(plug.ifname).await?.is_some() {
         return Err(PlugError::Exists(plug.ifname.to_owned()));
     }
-    let queues = match client.call(Request::Status)? {
-        Answer::Status(status) => status.workers.len() as u32,
+    let (queues, is_offloading) = match client.call(Request::Status)? {
+        Answer::Status(status) => (status.workers.len() as u32, status.offload.is_some()),
         other => return Err(unexpected(&other)),
     };
     let port = PortSpec { mtu: Some(mtu), ..plug.port.clone() };
@@ -106,6 +106,9 @@ pub async fn plug(client: &mut Client, plug: &Plug<'_>) -> Result<PortInfo, Plug
             other => return Err(unexpected(&other)),
         };
         configure(&pod, &netns, plug.ifname, mtu, &info).await?;
+        if is_offloading {
+            ethtool::take_redirected(Some(&netns), plug.ifname).await?;
+        }
         Ok(info)
     }
     .await;

@@ -115,7 +115,7 @@ pub(crate) fn check(config: &Config) -> anyhow::Result<()> {
     let mut control = Control::new(control_config(config));
     // A configuration adds no ports, so there is nothing to attach.
     let connections = Arc::new(Connections::new(config.connections.config(&config.policy, 0)));
-    let mut links = Links::new(Vec::new(), connections, config.daemon.xdp_mode.into(), clock_start());
+    let mut links = Links::new(Vec::new(), connections, config.daemon.xdp_mode.into(), None, clock_start());
     configure(config, &mut control, &mut links)
 }
 
@@ -188,7 +188,7 @@ impl Daemon {
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let control = Control::new(control_config(&config));
-        let links = Links::new(workers, connections, config.daemon.xdp_mode.into(), start);
+        let links = Links::new(workers, connections, config.daemon.xdp_mode.into(), config.worker.offloaded(), start);
         let daemon = Daemon {
             config,
             store,
@@ -232,7 +232,7 @@ impl Daemon {
     /// Makes the port into the host's stack.
     async fn attach_host(&self) -> anyhow::Result<()> {
         let (host, runtime_dir) = (&self.config.host, &self.config.daemon.runtime_dir);
-        let link = HostLink::create(&self.kernel, host, runtime_dir, self.config.worker.count as u32).await?;
+        let link = HostLink::create(&self.kernel, host, runtime_dir, &self.config.worker).await?;
         let attached =
             self.links.borrow_mut().attach(HOST_PORT, &host.switch_link()).map_err(|error| anyhow!(error))?;
         info!("host port {} attached: xdp {}", host.link, attached.xdp_mode);
@@ -319,7 +319,10 @@ impl Daemon {
             {
                 warn!("direct routing: {error}");
             }
+            let generation = snapshot.generation;
             self.snapshot.store(snapshot);
+            // What was judged before ends in the kernel too.
+            self.links.borrow().set_generation(generation);
         }
         let own = self.control.borrow_mut().take_own();
         self.links.borrow().send_own(own);

@@ -36,6 +36,18 @@ impl Daemon {
         followed
     }
 
+    /// Which links the kernel can send to by itself: those that an offloaded flow may leave by.
+    pub(crate) async fn look_for_targets(&self) {
+        if !self.links.borrow().is_offloading() {
+            return;
+        }
+        let links = self.links.borrow().ifindexes();
+        let targets = self.kernel.redirect_targets(&links).await;
+        if self.links.borrow().set_targets(|ifindex| targets.contains(&ifindex)) {
+            self.control.borrow_mut().invalidate();
+        }
+    }
+
     /// What leaves the node fits the uplink as it is now: pods' routes follow its MTU.
     async fn update_pods(&self) {
         let wanted: BTreeMap<PortId, PodRoutes> =

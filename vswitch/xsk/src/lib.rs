@@ -42,6 +42,7 @@
 mod area;
 mod bind;
 mod cycles;
+mod fastpath;
 mod frame;
 mod huge;
 mod prefetch;
@@ -53,9 +54,10 @@ mod umem;
 
 pub use bind::{BindError, Binder, BoundSocket, ZeroCopy};
 pub use cycles::cycles;
+pub use fastpath::{FastCounts, FastFlow, FastKey, FastPath, FastStamp, FastTable, OUTER_BYTES};
 pub use frame::{Frame, HEADROOM, MAX_FRAMES, Packet};
 pub use huge::filled;
 pub use prefetch::prefetch;
-pub use program::{AttachedProgram, ProgramError, Role, Vtep, XdpMode, XdpPreference};
+pub use program::{AttachedProgram, ProgramError, Programs, Role, Vtep, XdpMode, XdpPreference};
 pub use socket::{Closing, CopyMode, KickCounters, SocketStatistics, TxChecksum, XskSocket};
 pub use umem::{CHUNK_BYTES, Slot, Umem};

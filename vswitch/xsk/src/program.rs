@@ -1,27 +1,37 @@
-//! The XDP programs: loaded with aya, attached to a link, detached when dropped or when the process dies.
+//! The XDP programs: loaded once with aya, attached to each link, detached when dropped or when the process dies.
 //!
-//! A program is attached by a BPF link that lives as long as its descriptor (kernel 5.9), so that nothing stays on the
-//! device whatever ends the daemon.
+//! Links share the programs and their maps: what a port has of its own is an entry in two maps. A program is attached by a
+//! BPF link that lives as long as its descriptor (kernel 5.9), so that nothing stays on the device whatever ends the daemon.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::{fmt, io};
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, Map, MapData, MapError, XskMap};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, XskMap};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{ProgramError as AyaProgramError, Xdp, XdpMode as AyaMode};
 use aya::{Ebpf, EbpfError, EbpfLoader};
+use vswitch_net::PortId;
 
-static POD: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pod.o"));
-static UPLINK: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/uplink.o"));
+use crate::fastpath::FastPath;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/switch.o"));
+
+/// Its programs.
+const POD: &str = "pod";
+const UPLINK: &str = "uplink";
+
+/// Sizes of maps in `sockets.h`.
+const MAX_LINKS: u32 = 4096;
+const MAX_QUEUES: u32 = 64;
 
 /// What a program is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// The host end of a pod's veth: every packet is the switch's.
     Pod,
-    /// A NIC of the host: only VXLAN to our VTEP is the switch's.
+    /// A NIC of the host, one of the first ports: only VXLAN to our VTEP is the switch's.
     Uplink(Vtep),
 }
 
@@ -80,28 +90,43 @@ pub enum ProgramError {
     /// The object lacks a program or a map: it was not built from this source.
     #[error("the XDP object has no \"{0}\": build the switch again from a clean tree")]
     Missing(&'static str),
+    /// The maps of the fast path cannot be shared.
+    #[error("cannot map the table of offloaded flows: {0}; lower worker.offload_flows")]
+    FastPath(#[source] io::Error),
+    /// All places of the maps are taken.
+    #[error("no room for another link: {MAX_LINKS} are attached")]
+    Full,
+    /// There is no room for such a queue.
+    #[error("queue {0}: a link has at most {MAX_QUEUES}")]
+    Queue(u32),
     /// A map could not be written.
     #[error("cannot write an XDP map: {0}")]
     Map(#[from] MapError),
 }
 
-/// A program on a link. Detached on drop.
-///
-/// Only the link and the maps are kept: what was needed to load them is not needed by 250 ports.
+/// The programs of all links, and the maps that they share. Loaded once.
+pub struct Programs {
+    ebpf: Ebpf,
+    sockets: XskMap<MapData>,
+    links: HashMap<MapData, u32, [u32; 3]>,
+    vteps: Array<MapData, [u8; 24]>,
+    local: Prefixes,
+    cluster: Prefixes,
+    /// Places of links in the map of sockets that nobody has.
+    places: Vec<u32>,
+}
+
+/// A program on a link; see [`Programs::detach`].
+#[derive(Debug)]
 pub struct AttachedProgram {
     _link: XdpLink,
-    sockets: XskMap<MapData>,
-    uplink: Option<UplinkMaps>,
+    ifindex: u32,
+    port: PortId,
+    place: u32,
+    is_fast: bool,
     mode: XdpMode,
     /// Why native mode was not used, in the kernel's words.
     fallback_reason: Option<String>,
-}
-
-/// What an uplink's program looks up.
-struct UplinkMaps {
-    vtep: Array<MapData, [u8; 24]>,
-    local: Prefixes,
-    cluster: Prefixes,
 }
 
 /// A map of prefixes and what it holds.
@@ -110,37 +135,70 @@ struct Prefixes {
     held: Vec<(IpAddr, u8)>,
 }
 
-impl AttachedProgram {
-    /// Loads a program of its own for `ifindex` and attaches it.
+impl Programs {
+    /// Loads the programs. With `fast_flows`, links may forward so many flows by themselves; without, the fast path is there
+    /// and has no room. `now_ns` is the daemon's clock.
     ///
     /// # Errors
     ///
     /// Each tells what to do; nothing is left behind.
-    pub fn attach(role: Role, ifindex: u32, preference: XdpPreference) -> Result<AttachedProgram, ProgramError> {
-        let (object, name) = match role {
-            Role::Pod => (POD, "pod"),
-            Role::Uplink(_) => (UPLINK, "uplink"),
-        };
-        // No kernel BTF: the programs read packets and maps only, and parsing it would cost every port its time.
-        let mut ebpf = EbpfLoader::new().btf(None).load(object).map_err(load_error)?;
-        let sockets = take_map(&mut ebpf, "SOCKETS")?.try_into()?;
-        let uplink = match role {
-            Role::Pod => None,
-            Role::Uplink(vtep) => {
-                let mut map = take_map(&mut ebpf, "VTEP")?.try_into()?;
-                write_vtep(&mut map, vtep)?;
-                let mut prefixes = |name| -> Result<Prefixes, ProgramError> {
-                    Ok(Prefixes { map: take_map(&mut ebpf, name)?.try_into()?, held: Vec::new() })
+    pub fn load(fast_flows: Option<u32>, now_ns: u64) -> Result<(Programs, Option<FastPath>), ProgramError> {
+        let slots = fast_flows.unwrap_or(1).max(1);
+        // No kernel BTF: the programs read packets and maps only.
+        let mut ebpf = EbpfLoader::new()
+            .btf(None)
+            .map_max_entries("KEYS", slots)
+            .map_max_entries("FLOWS", slots)
+            .load(OBJECT)
+            .map_err(load_error)?;
+        for name in [POD, UPLINK] {
+            program(&mut ebpf, name)?.load().map_err(|error| load_error(error.into()))?;
+        }
+        let prefixes =
+            |map: Map| -> Result<Prefixes, ProgramError> { Ok(Prefixes { map: map.try_into()?, held: Vec::new() }) };
+        let fast_path = match fast_flows {
+            None => None,
+            Some(_) => {
+                let map = |name| match ebpf.map(name) {
+                    Some(Map::HashMap(data) | Map::Array(data)) => Ok(data),
+                    _ => Err(ProgramError::Missing(name)),
                 };
-                Some(UplinkMaps { vtep: map, local: prefixes("LOCAL")?, cluster: prefixes("CLUSTER")? })
+                let fast_path = FastPath::new(map("KEYS")?, map("FLOWS")?, map("GENERATION")?, now_ns);
+                Some(fast_path.map_err(ProgramError::FastPath)?)
             }
         };
-        let program: &mut Xdp = ebpf
-            .program_mut(name)
-            .ok_or(ProgramError::Missing(name))?
-            .try_into()
-            .map_err(|error: AyaProgramError| load_error(error.into()))?;
-        program.load().map_err(|error| load_error(error.into()))?;
+        let programs = Programs {
+            sockets: take_map(&mut ebpf, "SOCKETS")?.try_into()?,
+            links: take_map(&mut ebpf, "LINKS")?.try_into()?,
+            vteps: take_map(&mut ebpf, "VTEPS")?.try_into()?,
+            local: prefixes(take_map(&mut ebpf, "LOCAL")?)?,
+            cluster: prefixes(take_map(&mut ebpf, "CLUSTER")?)?,
+            places: (0..MAX_LINKS).rev().collect(),
+            ebpf,
+        };
+        Ok((programs, fast_path))
+    }
+
+    /// Attaches the program of a port to a link.
+    ///
+    /// # Errors
+    ///
+    /// Each tells what to do; nothing is left behind.
+    pub fn attach(
+        &mut self,
+        port: PortId,
+        role: Role,
+        ifindex: u32,
+        preference: XdpPreference,
+    ) -> Result<AttachedProgram, ProgramError> {
+        let name = match role {
+            Role::Pod => POD,
+            Role::Uplink(vtep) => {
+                self.write_vtep(port, vtep)?;
+                UPLINK
+            }
+        };
+        let program = program(&mut self.ebpf, name)?;
         let attach = |program: &mut Xdp, mode| program.attach_to_if_index(ifindex, mode);
         let refused = |source| ProgramError::Attach { ifindex, source: Box::new(source) };
         let (id, mode, fallback_reason) = match preference {
@@ -158,7 +216,20 @@ impl AttachedProgram {
             },
         };
         let link = program.take_link(id).map_err(refused)?;
-        Ok(AttachedProgram { _link: link, sockets, uplink, mode, fallback_reason })
+        let place = self.places.pop().ok_or(ProgramError::Full)?;
+        let attached = AttachedProgram { _link: link, ifindex, port, place, is_fast: false, mode, fallback_reason };
+        if let Err(error) = self.write_link(&attached) {
+            self.places.push(place);
+            return Err(error);
+        }
+        Ok(attached)
+    }
+
+    /// Takes a program off its link.
+    pub fn detach(&mut self, attached: AttachedProgram) {
+        // What is not there need not be removed; sockets leave their map when they are closed.
+        let _: Result<(), MapError> = self.links.remove(&attached.ifindex);
+        self.places.push(attached.place);
     }
 
     /// Sends the packets of `queue` to a socket.
@@ -166,31 +237,66 @@ impl AttachedProgram {
     /// # Errors
     ///
     /// If the queue's number is 64 or more.
-    pub fn set_socket(&mut self, queue: u32, socket: impl AsFd) -> Result<(), ProgramError> {
-        Ok(self.sockets.set(queue, socket.as_fd().as_raw_fd(), 0)?)
+    pub fn set_socket(
+        &mut self,
+        attached: &AttachedProgram,
+        queue: u32,
+        socket: impl AsFd,
+    ) -> Result<(), ProgramError> {
+        if queue >= MAX_QUEUES {
+            return Err(ProgramError::Queue(queue));
+        }
+        Ok(self.sockets.set(attached.place * MAX_QUEUES + queue, socket.as_fd().as_raw_fd(), 0)?)
+    }
+
+    /// Lets flows of a link be forwarded there, or not.
+    ///
+    /// # Errors
+    ///
+    /// Those of the map.
+    pub fn set_fast(&mut self, attached: &mut AttachedProgram, is_fast: bool) -> Result<(), ProgramError> {
+        attached.is_fast = is_fast;
+        self.write_link(attached)
     }
 
     /// Changes what an uplink's program takes.
     ///
     /// # Errors
     ///
-    /// If this is the program of a pod port.
-    pub fn set_vtep(&mut self, vtep: Vtep) -> Result<(), ProgramError> {
-        write_vtep(&mut self.uplink.as_mut().ok_or(ProgramError::Missing("VTEP"))?.vtep, vtep)
+    /// Those of the map.
+    pub fn set_vtep(&mut self, attached: &AttachedProgram, vtep: Vtep) -> Result<(), ProgramError> {
+        self.write_vtep(attached.port, vtep)
     }
 
-    /// Changes what an uplink's program takes without VXLAN: what goes to one of `local`, this node's pods, from one of
+    /// Changes what uplinks' programs take without VXLAN: what goes to one of `local`, this node's pods, from one of
     /// `cluster`. Prefixes are address and length.
     ///
     /// # Errors
     ///
-    /// If this is the program of a pod port, or there are more than 4,096 prefixes.
+    /// If there are more than 4,096 prefixes.
     pub fn set_direct(&mut self, local: &[(IpAddr, u8)], cluster: &[(IpAddr, u8)]) -> Result<(), ProgramError> {
-        let maps = self.uplink.as_mut().ok_or(ProgramError::Missing("LOCAL"))?;
-        maps.local.replace(local)?;
-        maps.cluster.replace(cluster)
+        self.local.replace(local)?;
+        self.cluster.replace(cluster)
     }
 
+    /// Writes `struct link` of `sockets.h`.
+    fn write_link(&mut self, attached: &AttachedProgram) -> Result<(), ProgramError> {
+        let value = [attached.place, u32::from(attached.port.0), u32::from(attached.is_fast)];
+        Ok(self.links.insert(attached.ifindex, value, 0)?)
+    }
+
+    /// Writes `struct vtep` of `uplink.h`.
+    fn write_vtep(&mut self, port: PortId, vtep: Vtep) -> Result<(), ProgramError> {
+        let mut value = [0; 24];
+        value[..16].copy_from_slice(&vtep.v6.map_or([0; 16], |address| address.octets()));
+        value[16..20].copy_from_slice(&vtep.v4.map_or([0; 4], |address| address.octets()));
+        value[20..22].copy_from_slice(&vtep.port.to_be_bytes());
+        value[22..24].copy_from_slice(&vtep.vlan.unwrap_or(0).to_be_bytes());
+        Ok(self.vteps.set(u32::from(port.0), value, 0)?)
+    }
+}
+
+impl AttachedProgram {
     /// Where the program runs.
     pub fn mode(&self) -> XdpMode {
         self.mode
@@ -199,6 +305,11 @@ impl AttachedProgram {
     /// Why it does not run in native mode, if it does not.
     pub fn fallback_reason(&self) -> Option<&str> {
         self.fallback_reason.as_deref()
+    }
+
+    /// Whether flows of the link may be forwarded there.
+    pub fn is_fast(&self) -> bool {
+        self.is_fast
     }
 }
 
@@ -215,7 +326,7 @@ impl Prefixes {
     }
 }
 
-/// `struct prefix` of `uplink.c`.
+/// `struct prefix` of `uplink.h`.
 fn key_of((address, length): (IpAddr, u8)) -> Key<[u8; 16]> {
     match address {
         IpAddr::V4(v4) => Key::new(96 + u32::from(length), v4.to_ipv6_mapped().octets()),
@@ -223,20 +334,15 @@ fn key_of((address, length): (IpAddr, u8)) -> Key<[u8; 16]> {
     }
 }
 
-impl fmt::Debug for AttachedProgram {
+impl fmt::Debug for Programs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("AttachedProgram").field("mode", &self.mode).finish_non_exhaustive()
+        f.debug_struct("Programs").finish_non_exhaustive()
     }
 }
 
-/// Writes `struct vtep` of `uplink.c`.
-fn write_vtep(map: &mut Array<MapData, [u8; 24]>, vtep: Vtep) -> Result<(), ProgramError> {
-    let mut value = [0; 24];
-    value[..16].copy_from_slice(&vtep.v6.map_or([0; 16], |address| address.octets()));
-    value[16..20].copy_from_slice(&vtep.v4.map_or([0; 4], |address| address.octets()));
-    value[20..22].copy_from_slice(&vtep.port.to_be_bytes());
-    value[22..24].copy_from_slice(&vtep.vlan.unwrap_or(0).to_be_bytes());
-    Ok(map.set(0, value, 0)?)
+fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Xdp, ProgramError> {
+    let program = ebpf.program_mut(name).ok_or(ProgramError::Missing(name))?;
+    program.try_into().map_err(|error: AyaProgramError| load_error(error.into()))
 }
 
 fn take_map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, ProgramError> {

@@ -56,7 +56,7 @@ unsafe impl<T: Send> Send for Shared<T> {}
 impl<T: Copy> Shared<T> {
     fn map(fd: BorrowedFd<'_>, size: u32, offset: &RingOffset, page_offset: i64) -> io::Result<Shared<T>> {
         let bytes = offset.desc as usize + size as usize * size_of::<T>();
-        let mapping = Mapping { base: sys::map_ring(fd, bytes, page_offset)?, bytes };
+        let mapping = Mapping { base: sys::map_shared(fd, bytes, page_offset)?, bytes };
         Ok(Self::over(mapping, size, offset))
     }
 

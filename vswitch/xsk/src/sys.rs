@@ -106,8 +106,8 @@ pub(crate) fn kick_rx(fd: BorrowedFd<'_>) -> io::Result<()> {
     if got < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Maps one ring of a socket, shared with the kernel and populated.
-pub(crate) fn map_ring(fd: BorrowedFd<'_>, bytes: usize, page_offset: i64) -> io::Result<NonNull<u8>> {
+/// Maps memory of the kernel's, a ring of a socket or an array, shared and populated.
+pub(crate) fn map_shared(fd: BorrowedFd<'_>, bytes: usize, page_offset: i64) -> io::Result<NonNull<u8>> {
     map(bytes, libc::MAP_SHARED | libc::MAP_POPULATE, fd.as_raw_fd(), page_offset)
 }
 
@@ -130,7 +130,15 @@ pub(crate) fn advise_huge<T>(memory: &mut [mem::MaybeUninit<T>]) {
     }
 }
 
-/// Unmaps what one of the two functions above mapped.
+/// The kernel's clock that never goes back, as programs read it.
+pub(crate) fn monotonic_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer leads to `time`. The clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// Unmaps what one of the functions above mapped.
 ///
 /// # Safety
 ///

@@ -47,6 +47,14 @@ enum Bound {
 const TARGETS: &[Target] = &[
     Target::new("64 B local", System::Vswitch, "rate/local/64/10000", System::Forward, Bound::AtLeast(0.95)),
     Target::new("64 B local", System::Vswitch, "rate/local/64/10000", System::Ovs, Bound::AtLeast(1.5)),
+    Target::new("64 B local, offload", System::VswitchOffload, "rate/local/64/10000", System::Ovs, Bound::AtLeast(3.0)),
+    Target::new(
+        "64 B local, offload",
+        System::VswitchOffload,
+        "rate/local/64/10000",
+        System::Bridge,
+        Bound::AtLeast(2.5),
+    ),
     Target::new("64 B over VXLAN, out", System::Vswitch, "rate/encap/64/10000", System::Bridge, Bound::AtLeast(2.0)),
     Target::new("64 B over VXLAN, in", System::Vswitch, "rate/decap/64/10000", System::Bridge, Bound::AtLeast(2.0)),
     Target::new("TCP local, 1 stream", System::Vswitch, "tcp/local/1", System::Ovs, Bound::AtLeast(5.0)),

@@ -25,6 +25,8 @@ pub(super) enum System {
     VswitchBusy,
     /// Two workers.
     VswitchTwo,
+    /// As shipped, with judged flows offloaded to XDP.
+    VswitchOffload,
     /// The kernel's bridge, and its VXLAN device.
     Bridge,
     /// Open vSwitch's userspace datapath on AF_XDP ports.
@@ -71,10 +73,11 @@ pub(super) struct Site {
 }
 
 impl System {
-    pub(super) const ALL: [System; 7] = [
+    pub(super) const ALL: [System; 8] = [
         System::Vswitch,
         System::VswitchBusy,
         System::VswitchTwo,
+        System::VswitchOffload,
         System::Bridge,
         System::Ovs,
         System::Forward,
@@ -86,6 +89,7 @@ impl System {
             System::Vswitch => "vswitch",
             System::VswitchBusy => "vswitch-busy",
             System::VswitchTwo => "vswitch-2",
+            System::VswitchOffload => "vswitch-offload",
             System::Bridge => "bridge",
             System::Ovs => "ovs",
             System::Forward => "forward",
@@ -95,7 +99,7 @@ impl System {
 
     /// True if it is ours.
     pub(super) fn is_ours(self) -> bool {
-        matches!(self, System::Vswitch | System::VswitchBusy | System::VswitchTwo)
+        matches!(self, System::Vswitch | System::VswitchBusy | System::VswitchTwo | System::VswitchOffload)
     }
 
     /// True if it is a switch, and not a ceiling that moves packets and knows no addresses.
@@ -111,7 +115,7 @@ impl System {
     /// Builds a topology.
     pub(super) fn build(self, topology: Topology, lab: Lab) -> anyhow::Result<Site> {
         let mut site = match (self, topology) {
-            (System::Vswitch | System::VswitchBusy | System::VswitchTwo, _) => self.ours(topology, lab)?,
+            _ if self.is_ours() => self.ours(topology, lab)?,
             (_, Topology::Local) => self.local(lab)?,
             (_, Topology::Wire(mtu)) => self.wire(mtu, lab)?,
             (_, Topology::Edge) => self.edge(lab)?,
@@ -188,8 +192,9 @@ impl System {
         } else {
             String::new()
         };
+        let offload = if self == System::VswitchOffload { "xdp" } else { "off" };
         format!(
-            "[worker]\ncount = {count}\npoll = \"{poll}\"\n{cores}\nflow_entries = 2097152\n\
+            "[worker]\ncount = {count}\npoll = \"{poll}\"\n{cores}\noffload = \"{offload}\"\nflow_entries = 2097152\n\
              [connections]\nlimit = 2097152\nport_limit = 2097152\n\
              [[network]]\nname = \"pods\"\nvni = {VNI}\nranges = [\"10.244.{node}.0/24\"]\nsubnets = [\"10.244.0.0/16\"]\n{underlay}"
         )

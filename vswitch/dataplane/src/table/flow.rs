@@ -28,6 +28,7 @@
 
 use vswitch_xsk::{filled, prefetch};
 
+use crate::fastpath::OFFER_EVERY;
 use crate::meta::FlowKey;
 use crate::translate::Translation;
 use crate::verdict::Action;
@@ -63,6 +64,17 @@ pub struct FlowEntry {
     pub action: Action,
 }
 
+/// A flow as people are told of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Flow {
+    /// Its entry.
+    pub entry: FlowEntry,
+    /// What its packets become.
+    pub translation: Option<Translation>,
+    /// True if the kernel forwards it.
+    pub is_offloaded: bool,
+}
+
 /// A packet as the table sees it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Probe<'a> {
@@ -87,7 +99,22 @@ pub struct FlowTable {
     entries: Box<[FlowEntry]>,
     /// What the packets of entries whose action says so become.
     translations: Box<[[u64; 5]]>,
+    /// Which entries are forwarded in the kernel too: one more than their place there. Empty if none ever is.
+    places: Box<[u32]>,
     mask: usize,
+}
+
+/// A flow as it is handed to the kernel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shortcut {
+    /// What to do.
+    pub(crate) action: Action,
+    /// How far a sequence number may be from the last one.
+    pub(crate) window_bits: u8,
+    /// The last one.
+    pub(crate) seq: u32,
+    /// When it must be decided anew.
+    pub(crate) expires_ns: u64,
 }
 
 /// The window of what has no sequence numbers: anything.
@@ -115,8 +142,55 @@ impl FlowTable {
             entries: filled(UNUSED, entries),
             // Of zeros that the kernel gives when they are written to: most workers never translate.
             translations: vec![[0; 5]; entries].into_boxed_slice(),
+            places: Box::default(),
             mask: entries / WAYS - 1,
         }
+    }
+
+    /// Makes room to note which entries are forwarded in the kernel.
+    pub(crate) fn open_places(&mut self) {
+        self.places = vec![0; self.entries.len()].into_boxed_slice();
+    }
+
+    /// Where in the kernel the flow at `at` is, if it is.
+    pub(crate) fn place(&self, at: usize) -> Option<u32> {
+        self.places.get(at)?.checked_sub(1)
+    }
+
+    /// Notes where in the kernel it is.
+    pub(crate) fn set_place(&mut self, at: usize, place: Option<u32>) {
+        if let Some(known) = self.places.get_mut(at) {
+            *known = place.map_or(0, |place| place + 1);
+        }
+    }
+
+    /// True if the flow at `at` is to be offered to the kernel now.
+    #[inline(always)]
+    pub(crate) fn is_due(&self, at: usize) -> bool {
+        self.entries[at].packets.is_multiple_of(OFFER_EVERY) && self.place(at).is_none()
+    }
+
+    /// The flow at `at`, to be handed to the kernel.
+    pub(crate) fn shortcut(&self, at: usize, now_ns: u64) -> Shortcut {
+        let FlowEntry { action, window_bits, seq, expires, .. } = self.entries[at];
+        let ticks = i64::from(expires.wrapping_sub(tick(now_ns)) as i32);
+        let expires_ns = (now_ns >> TICK_BITS).saturating_add_signed(ticks) << TICK_BITS;
+        Shortcut { action, window_bits, seq, expires_ns }
+    }
+
+    /// Counts packets of a flow that were forwarded in the kernel, if it is still here.
+    pub(crate) fn count(&mut self, key: &FlowKey, hash: u64, packets: u64, bytes: u64, seq: u32, now_ns: u64) {
+        let Some(at) = self.find_exact(key, hash) else { return };
+        let entry = &mut self.entries[at];
+        (entry.packets, entry.bytes, entry.used_ns) = (entry.packets + packets, entry.bytes + bytes, now_ns);
+        if entry.window_bits != NO_WINDOW && (seq.wrapping_sub(entry.seq) as i32) > 0 {
+            entry.seq = seq;
+        }
+    }
+
+    /// The entry of a flow.
+    pub(crate) fn find_exact(&self, key: &FlowKey, hash: u64) -> Option<usize> {
+        self.find(hash).filter(|&at| self.entries[at].is_used && self.entries[at].key == *key)
     }
 
     /// Fetches the tags for a hash, ahead of [`find`](Self::find).
@@ -169,22 +243,21 @@ impl FlowTable {
 
     /// The newest sequence number of a flow that is or was here.
     pub(crate) fn last_seq(&self, key: &FlowKey, hash: u64) -> Option<u32> {
-        let entry = &self.entries[self.find(hash)?];
-        (entry.is_used && entry.key == *key).then_some(entry.seq)
+        Some(self.entries[self.find_exact(key, hash)?].seq)
     }
 
-    /// Forgets a flow, if it is here: its connection begins anew.
-    pub(crate) fn forget(&mut self, key: &FlowKey, hash: u64) {
-        if let Some(at) = self.find(hash)
-            && self.entries[at].key == *key
-        {
-            self.entries[at] = UNUSED;
-            self.tags[at / WAYS][at % WAYS] = 0;
-        }
+    /// Forgets a flow, if it is here: its connection begins anew. Where in the kernel it was, if it was.
+    pub(crate) fn forget(&mut self, key: &FlowKey, hash: u64) -> Option<u32> {
+        let at = self.find(hash).filter(|&at| self.entries[at].key == *key)?;
+        let place = self.place(at);
+        self.set_place(at, None);
+        self.entries[at] = UNUSED;
+        self.tags[at / WAYS][at % WAYS] = 0;
+        place
     }
 
-    /// Stores a decision, in the flow's old place if it had one, and counts its packet. `window_bits` is
-    /// [`NO_WINDOW`] for what has no sequence numbers.
+    /// Stores a decision, in the flow's old place if it had one, and counts its packet; where that is. `window_bits`
+    /// is [`NO_WINDOW`] for what has no sequence numbers.
     pub(crate) fn insert(
         &mut self,
         hash: u64,
@@ -192,7 +265,7 @@ impl FlowTable {
         action: Action,
         translation: Option<&Translation>,
         window_bits: u8,
-    ) {
+    ) -> usize {
         let Probe { key, generation, now_ns, bytes, seq, epoch } = *probe;
         let bucket = hash as usize & self.mask;
         let tag = tag(hash);
@@ -215,6 +288,10 @@ impl FlowTable {
         let entry = &mut self.entries[at];
         if same.is_none() {
             (entry.packets, entry.bytes) = (0, 0);
+            // Its flow goes on in the kernel until it ends there.
+            if let Some(place) = self.places.get_mut(at) {
+                *place = 0;
+            }
         }
         self.tags[bucket][way] = tag;
         *entry = FlowEntry {
@@ -229,13 +306,18 @@ impl FlowTable {
             bytes: entry.bytes + bytes as u64,
             action: Action { is_translated: translation.is_some(), ..action },
         };
+        at
     }
 
-    /// Flows that matched since `since_ns`, with what their packets become.
-    pub fn dump(&self, since_ns: u64) -> impl Iterator<Item = (&FlowEntry, Option<Translation>)> {
-        let all = self.entries.iter().zip(&self.translations);
-        let recent = all.filter(move |(entry, _)| entry.is_used && entry.used_ns >= since_ns);
-        recent.map(|(entry, &words)| (entry, entry.action.is_translated.then(|| Translation::from_words(words))))
+    /// Flows that matched since `since_ns`.
+    pub fn dump(&self, since_ns: u64) -> impl Iterator<Item = Flow> {
+        let all = self.entries.iter().enumerate();
+        let recent = all.filter(move |(_, entry)| entry.is_used && entry.used_ns >= since_ns);
+        recent.map(|(at, entry)| Flow {
+            entry: *entry,
+            translation: entry.action.is_translated.then(|| self.translation(at)),
+            is_offloaded: self.place(at).is_some(),
+        })
     }
 }
 
@@ -246,9 +328,11 @@ fn epoch_of(words: &[u64; 5]) -> u32 {
 }
 
 /// About 17 ms.
+const TICK_BITS: u32 = 24;
+
 #[inline(always)]
 fn tick(ns: u64) -> u32 {
-    (ns >> 24) as u32
+    (ns >> TICK_BITS) as u32
 }
 
 /// Never zero, which marks an unused way.
@@ -312,7 +396,7 @@ mod tests {
         insert(&mut table, &key, 6, 200, action(2));
         assert_eq!(lookup(&mut table, &key, 6, 201), Some(action(2)));
         assert_eq!(table.dump(0).count(), 1, "decided anew in place");
-        assert_eq!(table.dump(0).next().unwrap().0.packets, 4);
+        assert_eq!(table.dump(0).next().unwrap().entry.packets, 4);
     }
 
     /// Against a map: what the table says is never wrong, and with room to spare it is never silent.

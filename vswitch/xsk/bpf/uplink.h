@@ -1,11 +1,14 @@
-/* The program of an uplink: only what is the switch's goes to the switch, all else stays the host's.
+/* What of an uplink's packets is the switch's; all else stays the host's.
  *
  * Ours is VXLAN to our VTEP: UDP, unfragmented, to one of our VTEP addresses and our port (RFC 7348 section 5). IPv6 is
  * ours only without extension headers, as VTEPs send it. Where peers are routed to directly, ours is also what comes
  * from an address of the cluster and goes to one of this node's pods. All with the tag of the underlay, if it has one,
  * and else without; under a tag ARP and neighbor discovery are ours too. Without a socket it passes too.
  */
-#include "sockets.h"
+#ifndef VSWITCH_UPLINK_H
+#define VSWITCH_UPLINK_H
+
+#include "bpf.h"
 
 #include <linux/if_ether.h>
 #include <linux/in.h>
@@ -13,7 +16,9 @@
 #include <linux/ipv6.h>
 #include <linux/udp.h>
 
-/* Written by the loader; an address of all zeros is none. Bytes as on the wire. */
+#define MAX_UPLINKS 8
+
+/* Of each uplink, by its port. An address of all zeros is none. Bytes as on the wire. */
 struct vtep {
 	__u8 v6[16];
 	__u8 v4[4];
@@ -24,10 +29,10 @@ struct vtep {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
+	__uint(max_entries, MAX_UPLINKS);
 	__type(key, __u32);
 	__type(value, struct vtep);
-} VTEP SEC(".maps");
+} VTEPS SEC(".maps");
 
 /* A prefix of either family; IPv4 as IPv4-mapped IPv6. */
 struct prefix {
@@ -127,32 +132,4 @@ static __always_inline int is_neighbor(void *at, void *end, __be16 proto, __be16
 	       (*type == 135 || *type == 136);
 }
 
-SEC("xdp.frags")
-int uplink(struct xdp_md *ctx)
-{
-	void *at = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
-	struct ethhdr *eth = at;
-	struct vtep *vtep;
-	__be16 proto, vid = 0;
-	__u32 zero = 0;
-
-	vtep = bpf_map_lookup_elem(&VTEP, &zero);
-	if (!vtep || at + sizeof(*eth) > end)
-		return XDP_PASS;
-	proto = eth->h_proto;
-	at += sizeof(*eth);
-	if (proto == be16(ETH_P_8021Q)) {
-		struct vlan *vlan = at;
-
-		if (at + sizeof(*vlan) > end)
-			return XDP_PASS;
-		proto = vlan->proto;
-		vid = vlan->tci & be16(0x0fff);
-		at += sizeof(*vlan);
-	}
-	if (vid != *(__u16 *)vtep->vlan)
-		return XDP_PASS;
-	if (!is_ours(at, end, proto, vtep) && !is_neighbor(at, end, proto, vid) && !is_direct(at, end, proto))
-		return XDP_PASS;
-	return bpf_redirect_map(&SOCKETS, ctx->rx_queue_index, XDP_PASS);
-}
+#endif

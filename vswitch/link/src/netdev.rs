@@ -1,0 +1,89 @@
+//! What XDP can do with a link (kernel document `netlink/specs/netdev`).
+
+use std::collections::BTreeSet;
+
+use futures_util::StreamExt;
+use genetlink::GenetlinkHandle;
+use netlink_packet_core::{
+    DecodeError, DefaultNla, Emitable, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload, NlasIterator,
+    ParseableParametrized,
+};
+use netlink_packet_generic::{GenlFamily, GenlHeader, GenlMessage};
+
+use crate::Kernel;
+
+const DEV_GET: u8 = 1;
+const DEV_IFINDEX: u16 = 1;
+const DEV_XDP_FEATURES: u16 = 3;
+
+/// `NETDEV_XDP_ACT_NDO_XMIT`: takes packets that XDP redirects to it.
+const CAN_BE_SENT_TO: u64 = 4;
+
+impl Kernel {
+    /// Of some links here, those that XDP can send to; none if the kernel does not tell.
+    pub async fn redirect_targets(&self, links: &[u32]) -> BTreeSet<u32> {
+        let Ok((connection, mut handle, _)) = genetlink::new_connection() else { return BTreeSet::new() };
+        let connection = tokio::spawn(connection);
+        let mut targets = BTreeSet::new();
+        // Not in one dump: its messages lack the mark that more follow, and readers stop after the first.
+        for &ifindex in links {
+            if is_target(&mut handle, ifindex).await {
+                targets.insert(ifindex);
+            }
+        }
+        connection.abort();
+        targets
+    }
+}
+
+async fn is_target(handle: &mut GenetlinkHandle, ifindex: u32) -> bool {
+    let link = DefaultNla::new(DEV_IFINDEX, ifindex.to_ne_bytes().to_vec());
+    let mut body = vec![0; link.buffer_len()];
+    link.emit(&mut body);
+    let mut message = NetlinkMessage::from(GenlMessage::from_payload(Netdev { command: DEV_GET, body }));
+    message.header.flags = NLM_F_REQUEST;
+    let Ok(mut answers) = handle.request(message).await else { return false };
+    let Some(Ok(answer)) = answers.next().await else { return false };
+    let NetlinkPayload::InnerMessage(answer) = answer.payload else { return false };
+    let mut attributes = NlasIterator::new(&answer.payload.body[..]).filter_map(Result::ok);
+    let features = attributes.find(|attribute| attribute.kind() == DEV_XDP_FEATURES);
+    let features = features.and_then(|features| <[u8; 8]>::try_from(features.value()).ok());
+    features.is_some_and(|features| u64::from_ne_bytes(features) & CAN_BE_SENT_TO != 0)
+}
+
+/// A message of the family.
+#[derive(Clone, Debug)]
+struct Netdev {
+    command: u8,
+    body: Vec<u8>,
+}
+
+impl GenlFamily for Netdev {
+    fn family_name() -> &'static str {
+        "netdev"
+    }
+
+    fn command(&self) -> u8 {
+        self.command
+    }
+
+    fn version(&self) -> u8 {
+        1
+    }
+}
+
+impl Emitable for Netdev {
+    fn buffer_len(&self) -> usize {
+        self.body.len()
+    }
+
+    fn emit(&self, buffer: &mut [u8]) {
+        buffer[..self.body.len()].copy_from_slice(&self.body);
+    }
+}
+
+impl ParseableParametrized<[u8], GenlHeader> for Netdev {
+    fn parse_with_param(body: &[u8], header: GenlHeader) -> Result<Netdev, DecodeError> {
+        Ok(Netdev { command: header.cmd, body: body.to_vec() })
+    }
+}

@@ -1,0 +1,342 @@
+/* Flows that the switch has judged, forwarded here: MAC addresses, one hop less, VXLAN on or off, out of another link.
+ *
+ * The switch writes what becomes of a flow (xsk/src/fastpath.rs); here it is done if the packet is like those that were
+ * judged, and nothing about it is unusual. All else is left as it is, for the poll loop: what opens or closes a
+ * connection, fragments, options, a checksum that is left to the device, damage, other sizes. A flow holds for one
+ * generation, which the switch counts up with every change, and for some seconds.
+ */
+#ifndef VSWITCH_FASTPATH_H
+#define VSWITCH_FASTPATH_H
+
+#include "bpf.h"
+
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
+
+#define OUTER_BYTES 50 /* Ethernet, IPv4, UDP and VXLAN (RFC 7348 section 5) */
+
+#define FLOW_ROUTED 1 /* MAC addresses change, and one hop is used */
+#define FLOW_ENCAP 2
+#define FLOW_SEQUENCED 4 /* TCP: sequence numbers are followed */
+
+/* What its packets look like; `struct FastKey`. Ports and addresses as on the wire. */
+struct flow_key {
+	__u16 port;
+	__u8 kind; /* 4 or 6 */
+	__u8 protocol;
+	__u32 vni; /* 0 from a pod */
+	__be32 vtep; /* who encapsulated it */
+	__be16 ports[2];
+	__be32 source[4];
+	__be32 destination[4];
+};
+
+/* What becomes of them; `struct Slot`. Three cache lines: what is read, what is written, the headers before it. */
+struct flow {
+	__u32 generation;
+	__u32 flags;
+	__u64 expires_ns;
+	__u64 match_macs; /* the first 8 bytes of the Ethernet header, */
+	__u32 match_rest; /* and the next 4 */
+	__u32 max_bytes;
+	__u64 macs;
+	__u32 macs_rest;
+	__u32 ifindex;
+	__u32 window_bits;
+	__u32 unused[3];
+
+	__u64 packets;
+	__u64 bytes;
+	__u32 seq;
+	__u32 unused_too[11];
+
+	__u8 outer[OUTER_BYTES];
+	__u8 rest[14];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__type(key, struct flow_key);
+	__type(value, __u32);
+} KEYS SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct flow);
+} FLOWS SEC(".maps");
+
+/* The generation in force. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, __u32);
+} GENERATION SEC(".maps");
+
+/* How a packet came. */
+struct arrival {
+	__u32 port;
+	__be32 vtep;
+	__u32 vni;
+	__u8 ecn; /* of the outer header */
+};
+
+/* Words that may lie anywhere in a packet. */
+static __always_inline __u64 read64(const void *at)
+{
+	return *(const __u64 *)at;
+}
+
+static __always_inline __u32 read32(const void *at)
+{
+	return *(const __u32 *)at;
+}
+
+static __always_inline __u16 fold(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum;
+}
+
+/* The sum of an IPv4 header without options; 0xffff if it is intact (RFC 1071). */
+static __always_inline __u16 header_sum(const void *ip)
+{
+	__u64 sum = 0;
+
+#pragma unroll
+	for (int i = 0; i < 5; i++)
+		sum += read32(ip + 4 * i);
+	return fold(sum);
+}
+
+/* What is said of a TCP or UDP header, for the lookup and after it. */
+struct layer4 {
+	__u32 seq;
+	__u64 pseudo; /* sum of the pseudo-header */
+	__u32 bytes;
+};
+
+/* False for what the poll loop must see. */
+static __always_inline int read_layer4(void *at, void *end, struct flow_key *key, struct layer4 *l4)
+{
+	__u16 partial = fold(l4->pseudo + be16(key->protocol) + be16(l4->bytes));
+
+	if (key->protocol == IPPROTO_TCP) {
+		struct tcphdr *tcp = at;
+
+		if ((void *)(tcp + 1) > end || tcp->doff < 5 || tcp->doff * 4 > l4->bytes)
+			return 0;
+		if (tcp->syn || tcp->fin || tcp->rst || tcp->urg || !tcp->ack)
+			return 0;
+		if (tcp->check == partial)
+			return 0;
+		key->ports[0] = tcp->source;
+		key->ports[1] = tcp->dest;
+		l4->seq = __builtin_bswap32(tcp->seq);
+		return 1;
+	}
+	if (key->protocol == IPPROTO_UDP) {
+		struct udphdr *udp = at;
+
+		if ((void *)(udp + 1) > end || be16(udp->len) != l4->bytes)
+			return 0;
+		if (udp->check == partial || (!udp->check && key->kind == 6))
+			return 0;
+		key->ports[0] = udp->source;
+		key->ports[1] = udp->dest;
+		l4->seq = 0;
+		return 1;
+	}
+	return 0;
+}
+
+static __always_inline int read_packet(void *at, void *end, struct flow_key *key, struct layer4 *l4, __u8 *hops, __u8 *ecn)
+{
+	struct ethhdr *eth = at;
+
+	if (at + sizeof(*eth) + sizeof(struct iphdr) > end)
+		return 0;
+	if (eth->h_proto == be16(ETH_P_IP)) {
+		struct iphdr *ip = at + sizeof(*eth);
+		__u32 total = be16(ip->tot_len);
+
+		if (*(__u8 *)ip != 0x45 || (ip->frag_off & be16(0x3fff)) || header_sum(ip) != 0xffff)
+			return 0;
+		if (total < sizeof(*ip) || (void *)ip + total != end)
+			return 0;
+		key->kind = 4;
+		key->protocol = ip->protocol;
+		key->source[0] = ip->saddr;
+		key->destination[0] = ip->daddr;
+		*hops = ip->ttl;
+		*ecn = ip->tos & 3;
+		l4->pseudo = (__u64)ip->saddr + ip->daddr;
+		l4->bytes = total - sizeof(*ip);
+		return read_layer4(ip + 1, end, key, l4);
+	}
+	if (eth->h_proto == be16(ETH_P_IPV6)) {
+		struct ipv6hdr *ip = at + sizeof(*eth);
+		__u32 payload;
+
+		if ((void *)(ip + 1) > end || ip->version != 6)
+			return 0;
+		payload = be16(ip->payload_len);
+		if ((void *)(ip + 1) + payload != end)
+			return 0;
+		key->kind = 6;
+		key->protocol = ip->nexthdr;
+		l4->pseudo = 0;
+#pragma unroll
+		for (int i = 0; i < 4; i++) {
+			key->source[i] = ip->saddr.in6_u.u6_addr32[i];
+			key->destination[i] = ip->daddr.in6_u.u6_addr32[i];
+			l4->pseudo += (__u64)key->source[i] + key->destination[i];
+		}
+		*hops = ip->hop_limit;
+		*ecn = *((__u8 *)ip + 1) >> 4 & 3;
+		l4->bytes = payload;
+		return read_layer4(ip + 1, end, key, l4);
+	}
+	return 0;
+}
+
+/* The flow that a packet is of, if it may be forwarded by it. */
+static __always_inline struct flow *find_flow(struct flow_key *key, const void *at, __u32 bytes, __u8 hops, __u32 seq)
+{
+	__u32 zero = 0, *generation = bpf_map_lookup_elem(&GENERATION, &zero);
+	__u32 *place = bpf_map_lookup_elem(&KEYS, key);
+	struct flow *flow;
+
+	if (!generation || !place)
+		return 0;
+	flow = bpf_map_lookup_elem(&FLOWS, place);
+	if (!flow || flow->generation != *generation || flow->expires_ns <= bpf_ktime_get_coarse_ns())
+		return 0;
+	if (flow->match_macs != read64(at) || flow->match_rest != read32(at + 8) || bytes > flow->max_bytes)
+		return 0;
+	if ((flow->flags & FLOW_ROUTED) && hops <= 1)
+		return 0;
+	if (flow->flags & FLOW_SEQUENCED) {
+		__s32 distance = seq - flow->seq;
+
+		if ((distance < 0 ? -distance : distance) >> (flow->window_bits & 31))
+			return 0;
+		if (distance > 0)
+			flow->seq = seq;
+	}
+	return flow;
+}
+
+/* One hop less (RFC 1812 section 5.3.1), and the checksum that covers it (RFC 1624). */
+static __always_inline void use_hop(void *at, __u8 kind)
+{
+	if (kind == 4) {
+		struct iphdr *ip = at + ETH_HLEN;
+		__u32 sum = ip->check + be16(0x0100);
+
+		ip->check = sum + (sum >= 0xffff);
+		ip->ttl--;
+	} else {
+		struct ipv6hdr *ip = at + ETH_HLEN;
+
+		ip->hop_limit--;
+	}
+}
+
+/* Writes the headers of VXLAN before the inner frame at `at + OUTER_BYTES`. */
+static __always_inline void write_outer(void *at, const struct flow *flow, __u32 inner, __u8 ecn)
+{
+	struct iphdr *ip = at + ETH_HLEN;
+	struct udphdr *udp = (void *)(ip + 1);
+
+#pragma unroll
+	for (int i = 0; i < 6; i++)
+		*(__u64 *)(at + 8 * i) = *(const __u64 *)(flow->outer + 8 * i);
+	*(__u16 *)(at + 48) = *(const __u16 *)(flow->outer + 48);
+	ip->tos = ecn;
+	ip->tot_len = be16(inner + OUTER_BYTES - ETH_HLEN);
+	ip->check = 0;
+	ip->check = ~header_sum(ip);
+	udp->len = be16(inner + OUTER_BYTES - ETH_HLEN - sizeof(*ip));
+}
+
+/* Forwards the packet whose own Ethernet header is at `at`; -1 if the poll loop has to, and then nothing was changed. */
+static __always_inline int forward(struct xdp_md *ctx, void *at, const struct arrival *from)
+{
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct flow_key key = { .port = from->port, .vni = from->vni, .vtep = from->vtep };
+	__u32 bytes = end - data, inner = end - at;
+	struct layer4 l4;
+	struct flow *flow;
+	__u8 hops, ecn;
+
+	/* One of several frames. */
+	if (bpf_xdp_get_buff_len(ctx) != bytes)
+		return -1;
+	if (!read_packet(at, end, &key, &l4, &hops, &ecn))
+		return -1;
+	/* What was marked on the way must be marked inside (RFC 6040 section 4.2). */
+	if (from->ecn && from->ecn != ecn)
+		return -1;
+	flow = find_flow(&key, at, inner, hops, l4.seq);
+	if (!flow)
+		return -1;
+	if (flow->flags & FLOW_ENCAP) {
+		if (bpf_xdp_adjust_head(ctx, -OUTER_BYTES))
+			return -1;
+		data = (void *)(long)ctx->data;
+		end = (void *)(long)ctx->data_end;
+		at = data + OUTER_BYTES;
+		if (at + ETH_HLEN + sizeof(struct iphdr) > end)
+			return XDP_DROP;
+		write_outer(data, flow, inner, ecn);
+	}
+	if (flow->flags & FLOW_ROUTED) {
+		*(__u64 *)at = flow->macs;
+		*(__u32 *)(at + 8) = flow->macs_rest;
+		use_hop(at, key.kind);
+	}
+	if (from->vni && bpf_xdp_adjust_head(ctx, OUTER_BYTES))
+		return XDP_DROP;
+	__sync_fetch_and_add(&flow->packets, 1);
+	__sync_fetch_and_add(&flow->bytes, bytes);
+	return bpf_redirect(flow->ifindex, 0);
+}
+
+/* Forwards what came in VXLAN from another node, as [`forward`]. `at` is where the outer IPv4 header begins. */
+static __always_inline int forward_inner(struct xdp_md *ctx, void *at, __u32 port)
+{
+	void *end = (void *)(long)ctx->data_end;
+	struct arrival from = { .port = port };
+	struct iphdr *ip = at;
+	struct udphdr *udp = (void *)(ip + 1);
+	__u32 *vxlan = (void *)(udp + 1);
+
+	if ((void *)(vxlan + 2) > end || *(__u8 *)ip != 0x45 || header_sum(ip) != 0xffff)
+		return -1;
+	if (at + be16(ip->tot_len) != end || be16(udp->len) != be16(ip->tot_len) - sizeof(*ip))
+		return -1;
+	/* The VNI flag, and no other. */
+	if (vxlan[0] != __builtin_bswap32(0x08000000))
+		return -1;
+	from.vtep = ip->saddr;
+	from.vni = __builtin_bswap32(vxlan[1]) >> 8;
+	from.ecn = ip->tos & 3;
+	if (!from.vni)
+		return -1;
+	return forward(ctx, vxlan + 2, &from);
+}
+
+#endif
