@@ -27,6 +27,8 @@ pub(crate) struct Links {
     connections: Arc<Connections>,
     xdp: XdpPreference,
     offload: Offload,
+    /// A secret for the hash of offloaded flows.
+    seed: u64,
     start: Instant,
 }
 
@@ -56,10 +58,11 @@ impl Links {
         connections: Arc<Connections>,
         xdp: XdpPreference,
         offload_flows: Option<u32>,
+        seed: u64,
         start: Instant,
     ) -> Links {
         let offload = offload_flows.map_or(Offload::Off, Offload::Wanted);
-        Links { workers, programs: None, attached: BTreeMap::new(), connections, xdp, offload, start }
+        Links { workers, programs: None, attached: BTreeMap::new(), connections, xdp, offload, seed, start }
     }
 
     /// Attaches the uplink with all its queues.
@@ -114,22 +117,16 @@ impl Links {
         if self.programs.is_none() {
             let now_ns = self.start.elapsed().as_nanos() as u64;
             let wanted = if let Offload::Wanted(flows) = self.offload { Some(flows) } else { None };
-            let loaded = Programs::load(wanted, now_ns).and_then(|(programs, fast_path)| {
-                let Some(fast_path) = fast_path else { return Ok((programs, None)) };
-                for (index, worker) in (0..).zip(&self.workers) {
-                    let table = fast_path.table(index, self.workers.len() as u32);
-                    worker.offload(table.map_err(vswitch_xsk::ProgramError::FastPath)?);
-                }
-                Ok((programs, Some(fast_path)))
-            });
-            let (programs, fast_path) = match loaded {
+            let (programs, fast_path) = match Programs::load(wanted, self.seed, now_ns) {
                 Err(error) if wanted.is_some() => {
                     self.offload = Offload::Failed(error.to_string());
-                    Programs::load(None, now_ns).map_err(|error| error.to_string())?
+                    Programs::load(None, self.seed, now_ns).map_err(|error| error.to_string())?
                 }
-                other => other.map_err(|error| error.to_string())?,
+                loaded => loaded.map_err(|error| error.to_string())?,
             };
             if let Some(fast_path) = fast_path {
+                let share = wanted.unwrap_or(0) as usize / self.workers.len();
+                self.workers.iter().for_each(|worker| worker.offload(fast_path.table(share)));
                 self.offload = Offload::On(fast_path);
             }
             self.programs = Some(programs);

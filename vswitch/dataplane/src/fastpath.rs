@@ -14,7 +14,7 @@
 //!
 //! # Cost
 //!
-//! One comparison a hit; an offer is a system call. Counters are read in turn, all of them once a second.
+//! One comparison a hit, and some stores an offer. Counters are read in turn, all of them once a second.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -46,16 +46,14 @@ pub trait FastIo: fmt::Debug + Send {
     fn capacity(&self) -> usize;
     /// By what link a port is reached; none if it is not.
     fn target(&self, port: PortId) -> Option<u32>;
-    /// Takes a flow; its slot, below [`slots`](Self::slots), or none if there is no room.
+    /// Takes a flow; its slot, or none if there is no room.
     fn insert(&mut self, key: &FastKey, flow: &FastFlow, stamp: FastStamp) -> Option<u32>;
     /// Gives a flow another generation and more time.
     fn renew(&mut self, slot: u32, stamp: FastStamp);
-    /// Leaves a flow's packets to the poll loop.
+    /// Leaves a flow's packets to the poll loop. Its slot rests, unless it is renewed.
     fn stop(&mut self, slot: u32);
     /// What a flow has forwarded since it was taken.
     fn counts(&self, slot: u32) -> FastCounts;
-    /// Forgets a flow. Its slot rests.
-    fn remove(&mut self, slot: u32, key: &FastKey);
     /// Takes a slot back that has rested.
     fn free(&mut self, slot: u32);
 }
@@ -83,10 +81,6 @@ impl FastIo for FastTable {
 
     fn counts(&self, slot: u32) -> FastCounts {
         FastTable::counts(self, slot)
-    }
-
-    fn remove(&mut self, slot: u32, key: &FastKey) {
-        FastTable::remove(self, slot, key);
     }
 
     fn free(&mut self, slot: u32) {
@@ -280,7 +274,7 @@ impl Fast {
 
     fn forget(&mut self, place: u32, now_ns: u64) {
         let Some(held) = self.held.get_mut(place as usize).and_then(Option::take) else { return };
-        self.io.remove(held.slot, &held.key);
+        self.io.stop(held.slot);
         self.resting.push_back((now_ns, Resting { slot: held.slot, books: held.books }));
         self.vacant.push(place);
         self.live -= 1;

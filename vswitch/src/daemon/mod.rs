@@ -115,7 +115,7 @@ pub(crate) fn check(config: &Config) -> anyhow::Result<()> {
     let mut control = Control::new(control_config(config));
     // A configuration adds no ports, so there is nothing to attach.
     let connections = Arc::new(Connections::new(config.connections.config(&config.policy, 0)));
-    let mut links = Links::new(Vec::new(), connections, config.daemon.xdp_mode.into(), None, clock_start());
+    let mut links = Links::new(Vec::new(), connections, config.daemon.xdp_mode.into(), None, 0, clock_start());
     configure(config, &mut control, &mut links)
 }
 
@@ -188,7 +188,14 @@ impl Daemon {
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let control = Control::new(control_config(&config));
-        let links = Links::new(workers, connections, config.daemon.xdp_mode.into(), config.worker.offloaded(), start);
+        let links = Links::new(
+            workers,
+            connections,
+            config.daemon.xdp_mode.into(),
+            config.worker.offloaded(),
+            random_seed(),
+            start,
+        );
         let daemon = Daemon {
             config,
             store,

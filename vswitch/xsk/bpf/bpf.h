@@ -5,6 +5,10 @@
 #include <linux/bpf.h>
 #include <linux/types.h>
 
+/* The kernel's header asks for it only. */
+#undef __always_inline
+#define __always_inline inline __attribute__((always_inline))
+
 #define SEC(name) __attribute__((section(name), used))
 #define __uint(name, value) int(*name)[value]
 #define __type(name, value) typeof(value) *name

@@ -23,7 +23,7 @@
 #define FLOW_ENCAP 2
 #define FLOW_SEQUENCED 4 /* TCP: sequence numbers are followed */
 
-/* What its packets look like; `struct FastKey`. Ports and addresses as on the wire. */
+/* What its packets look like; `FastKey`. Ports and addresses as on the wire. */
 struct flow_key {
 	__u16 port;
 	__u8 kind; /* 4 or 6 */
@@ -35,52 +35,59 @@ struct flow_key {
 	__be32 destination[4];
 };
 
-/* What becomes of them; `struct Slot`. Three cache lines: what is read, what is written, the headers before it. */
+#define KEY_WORDS 6 /* of 8 bytes */
+
+/* What becomes of them; `FastFlow`. Three cache lines: what is compared, what is done, the headers before it. */
 struct flow {
+	__u64 key[KEY_WORDS];
 	__u32 generation;
 	__u32 flags;
 	__u64 expires_ns;
+
 	__u64 match_macs; /* the first 8 bytes of the Ethernet header, */
 	__u32 match_rest; /* and the next 4 */
 	__u32 max_bytes;
 	__u64 macs;
 	__u32 macs_rest;
 	__u32 ifindex;
-	__u32 window_bits;
-	__u32 unused[3];
-
 	__u64 packets;
 	__u64 bytes;
 	__u32 seq;
-	__u32 unused_too[11];
+	__u32 window_bits;
+	__u64 unused;
 
 	__u8 outer[OUTER_BYTES];
 	__u8 rest[14];
 };
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 1);
-	__type(key, struct flow_key);
-	__type(value, __u32);
-} KEYS SEC(".maps");
+#define WAYS 4
+
+/* Flows whose hashes are alike. */
+struct bucket {
+	struct flow ways[WAYS];
+};
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, __u32);
-	__type(value, struct flow);
+	__type(value, struct bucket);
 } FLOWS SEC(".maps");
 
-/* The generation in force. */
+struct table {
+	__u32 generation; /* the one in force */
+	__u32 mask; /* of the number of buckets */
+	__u64 seed;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, __u32);
-	__type(value, __u32);
-} GENERATION SEC(".maps");
+	__type(value, struct table);
+} TABLE SEC(".maps");
 
 /* How a packet came. */
 struct arrival {
@@ -212,17 +219,63 @@ static __always_inline int read_packet(void *at, void *end, struct flow_key *key
 	return 0;
 }
 
-/* The flow that a packet is of, if it may be forwarded by it. */
-static __always_inline struct flow *find_flow(struct flow_key *key, const void *at, __u32 bytes, __u8 hops, __u32 seq)
+/* `FastKey::hash`. */
+static __always_inline __u64 hash_of(const __u64 *key, __u64 seed)
 {
-	__u32 zero = 0, *generation = bpf_map_lookup_elem(&GENERATION, &zero);
-	__u32 *place = bpf_map_lookup_elem(&KEYS, key);
-	struct flow *flow;
+	__u64 one = seed, two = ~seed;
 
-	if (!generation || !place)
+#pragma unroll
+	for (int i = 0; i < KEY_WORDS; i += 2) {
+		one = (one ^ key[i]) * 0x9e3779b97f4a7c15ull;
+		two = (two ^ key[i + 1]) * 0xbf58476d1ce4e5b9ull;
+		one ^= one >> 32;
+		two ^= two >> 32;
+	}
+	one = (one ^ two) * 0x94d049bb133111ebull;
+	return one ^ one >> 32;
+}
+
+/* True if this is the flow, and it holds.
+ *
+ * What is compared is read after the generation, whatever the processor would like to do: its address depends on it.
+ */
+static __always_inline int is_flow(const struct flow *flow, const __u64 *key, __u32 generation)
+{
+	__u64 zero = *(volatile __u32 *)&flow->generation, different = 0;
+
+	if (zero != generation)
 		return 0;
-	flow = bpf_map_lookup_elem(&FLOWS, place);
-	if (!flow || flow->generation != *generation || flow->expires_ns <= bpf_ktime_get_coarse_ns())
+	asm volatile("%0 &= 0" : "+r"(zero));
+	flow = (void *)flow + zero;
+#pragma unroll
+	for (int i = 0; i < KEY_WORDS; i++)
+		different |= flow->key[i] ^ key[i];
+	return !different;
+}
+
+/* The flow that a packet is of, if it may be forwarded by it. */
+static __always_inline struct flow *find_flow(const struct flow_key *packet, const void *at, __u32 bytes, __u8 hops, __u32 seq)
+{
+	const __u64 *key = (const __u64 *)packet;
+	struct flow *flow = 0;
+	struct bucket *bucket;
+	struct table *table;
+	__u32 zero = 0, place;
+
+	table = bpf_map_lookup_elem(&TABLE, &zero);
+	if (!table)
+		return 0;
+	place = hash_of(key, table->seed) & table->mask;
+	bucket = bpf_map_lookup_elem(&FLOWS, &place);
+	if (!bucket)
+		return 0;
+#pragma unroll
+	for (int i = 0; i < WAYS; i++)
+		if (is_flow(&bucket->ways[i], key, table->generation)) {
+			flow = &bucket->ways[i];
+			break;
+		}
+	if (!flow || flow->expires_ns <= bpf_ktime_get_coarse_ns())
 		return 0;
 	if (flow->match_macs != read64(at) || flow->match_rest != read32(at + 8) || bytes > flow->max_bytes)
 		return 0;
@@ -276,7 +329,7 @@ static __always_inline void write_outer(void *at, const struct flow *flow, __u32
 static __always_inline int forward(struct xdp_md *ctx, void *at, const struct arrival *from)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
-	struct flow_key key = { .port = from->port, .vni = from->vni, .vtep = from->vtep };
+	struct flow_key key __attribute__((aligned(8))) = { .port = from->port, .vni = from->vni, .vtep = from->vtep };
 	__u32 bytes = end - data, inner = end - at;
 	struct layer4 l4;
 	struct flow *flow;

@@ -2,38 +2,37 @@
 //!
 //! # What
 //!
-//! A hash map of the kernel leads from what a flow's packets look like ([`FastKey`]) to a *slot*, and a slot says what
-//! becomes of them ([`FastFlow`]) and counts them. The programs are in `bpf/fastpath.h`. Slots, and the generation that is in
-//! force, are arrays that the kernel and the switch both have mapped: a flow is renewed, stopped and counted without a system
-//! call, and only a new key, and one that goes, needs one.
+//! A hash table in memory that the kernel and the switch both have mapped: buckets of four *slots*. A slot says what a flow's
+//! packets look like ([`FastKey`]), what becomes of them ([`FastFlow`]), until when ([`FastStamp`]), and counts them
+//! ([`FastCounts`]). The programs, in `bpf/fastpath.h`, look a packet up and do it.
 //!
 //! # Why this way
 //!
-//! A slot is written while no key leads to it, and is given to another flow only some time after its key went
-//! ([`FastTable::REST_NS`]): no program that found it can run that long. So nothing is ever half written, and no counter is
-//! lost. What changes under a program's eyes is single words: generation, expiry, sequence number.
+//! A hash map of the kernel's takes a system call to write and three cache lines to read before the action is found. Here a
+//! flow is inserted, renewed, stopped and counted by plain stores and loads, and found by one cache line.
 //!
 //! # Thread-safety
 //!
-//! Each worker has slots of its own, a [`FastTable`]. The programs only add to the counters, and store newer sequence numbers.
-//! All shared words are relaxed atomics; the system call that inserts a key orders them.
+//! A slot belongs to the worker that claimed it, who alone writes key, action and stamp; the programs only add to the
+//! counters and store newer sequence numbers. A slot that is not stopped is never changed but for its stamp. A stopped one
+//! rests for [`FastTable::REST_NS`] until it may be claimed anew: no program that had found it runs that long. The stamp is
+//! stored last, with release; the programs read it first, and what they read next depends on it. All shared words are atomics.
 //!
 //! # Cost
 //!
-//! 192 bytes a slot, and about as much for its key.
+//! 192 bytes a slot. A hit reads two cache lines, or three to encapsulate; what is not there reads four, at once.
 //!
 //! # References
 //!
-//! Kernel documents `bpf/map_array.rst` (`BPF_F_MMAPABLE`) and `bpf/map_hash.rst`.
+//! Kernel document `bpf/map_array.rst` (`BPF_F_MMAPABLE`).
 
-use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use aya::maps::{HashMap, Map, MapData, MapError};
+use aya::maps::MapData;
 use vswitch_net::{MacAddr, PortId};
 
 use crate::sys;
@@ -43,12 +42,17 @@ pub const OUTER_BYTES: usize = 50;
 
 /// Words of `struct flow` of `bpf/fastpath.h`, and which is where.
 const WORDS: usize = 24;
-const STAMP: usize = 0;
-const EXPIRES: usize = 1;
-const PACKETS: usize = 8;
-const BYTES: usize = 9;
-const SEQ: usize = 10;
+const KEY_WORDS: usize = 6;
+const STAMP: usize = 6;
+const EXPIRES: usize = 7;
+const ACTION: usize = 8;
+const PACKETS: usize = 12;
+const BYTES: usize = 13;
+const SEQ: usize = 14;
 const OUTER: usize = 16;
+
+/// Slots of a bucket.
+const WAYS: usize = 4;
 
 const FLAG_ROUTED: u32 = 1;
 const FLAG_ENCAP: u32 = 2;
@@ -116,26 +120,28 @@ pub struct FastCounts {
 }
 
 /// The switch's side of the fast path. Made by [`Programs`](crate::Programs).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct FastPath {
-    keys: OwnedFd,
     shared: Arc<Shared>,
-    slots: u32,
 }
 
-/// One worker's part of it.
+/// What a worker has of it.
 #[derive(Debug)]
 pub struct FastTable {
-    keys: HashMap<MapData, [u8; 48], u32>,
     shared: Arc<Shared>,
-    free: VecDeque<u32>,
+    /// How many flows it may have.
+    capacity: usize,
 }
 
 /// What all workers and the kernel share.
 #[derive(Debug)]
 struct Shared {
     flows: Mapped,
-    generation: Mapped,
+    table: Mapped,
+    /// Which slots belong to somebody.
+    claims: Box<[AtomicBool]>,
+    mask: u32,
+    seed: u64,
     /// By port: the link that it can be reached by from here, or zero.
     targets: Box<[AtomicU32]>,
     /// What the daemon's clock has less than the kernel's.
@@ -154,46 +160,45 @@ unsafe impl Send for Mapped {}
 // SAFETY: as above.
 unsafe impl Sync for Mapped {}
 
+/// How many buckets are needed for so many flows: twice the room, so that few of them find their bucket full.
+pub(crate) fn buckets_for(flows: u32) -> u32 {
+    (flows * 2).div_ceil(WAYS as u32).next_power_of_two()
+}
+
 impl FastPath {
-    /// Over the maps `KEYS`, `FLOWS` and `GENERATION` of the programs; `now_ns` is the daemon's clock.
+    /// Over the maps `FLOWS` and `TABLE` of the programs, which are given the `seed` of the hash; `now_ns` is the daemon's
+    /// clock.
     ///
     /// # Errors
     ///
-    /// Those of `mmap(2)` and `dup(2)`.
-    pub(crate) fn new(keys: &MapData, flows: &MapData, generation: &MapData, now_ns: u64) -> io::Result<FastPath> {
-        let slots = flows.info().map_err(io::Error::other)?.max_entries();
+    /// Those of `mmap(2)`.
+    pub(crate) fn new(flows: &MapData, table: &MapData, seed: u64, now_ns: u64) -> io::Result<FastPath> {
+        let buckets = flows.info().map_err(io::Error::other)?.max_entries();
+        let slots = buckets as usize * WAYS;
         let shared = Shared {
-            flows: Mapped::new(flows, slots as usize * WORDS)?,
-            generation: Mapped::new(generation, 1)?,
+            flows: Mapped::new(flows, slots * WORDS)?,
+            table: Mapped::new(table, 2)?,
+            claims: (0..slots).map(|_| AtomicBool::new(false)).collect(),
+            mask: buckets - 1,
+            seed,
             targets: (0..=u16::MAX).map(|_| AtomicU32::new(0)).collect(),
             behind_ns: sys::monotonic_ns().saturating_sub(now_ns),
         };
-        Ok(FastPath { keys: keys.fd().as_fd().try_clone_to_owned()?, shared: Arc::new(shared), slots })
+        shared.table.word(1).store(seed, Ordering::Relaxed);
+        let fast_path = FastPath { shared: Arc::new(shared) };
+        fast_path.set_generation(0);
+        Ok(fast_path)
     }
 
-    /// The part of worker `index` of `count`.
-    ///
-    /// # Errors
-    ///
-    /// Those of `dup(2)`.
-    pub fn table(&self, index: u32, count: u32) -> io::Result<FastTable> {
-        let keys = MapData::from_fd(self.keys.try_clone()?).map_err(io::Error::other)?;
-        let share = self.slots / count;
-        Ok(FastTable {
-            keys: Map::HashMap(keys).try_into().map_err(io::Error::other)?,
-            shared: self.shared.clone(),
-            free: (index * share..(index + 1) * share).collect(),
-        })
-    }
-
-    /// How many flows it has room for.
-    pub fn capacity(&self) -> u32 {
-        self.slots
+    /// A worker's part, for so many flows.
+    pub fn table(&self, capacity: usize) -> FastTable {
+        FastTable { shared: self.shared.clone(), capacity }
     }
 
     /// Puts a generation in force: flows of another one are the poll loop's again.
     pub fn set_generation(&self, generation: u64) {
-        self.shared.generation.word(0).store(pair(stamp_of(generation), 0), Ordering::Release);
+        let word = pair(stamp_of(generation), self.shared.mask);
+        self.shared.table.word(0).store(word, Ordering::Release);
     }
 
     /// Tells by what link a port is reached from here; none if it is not. What flows there already is not stopped.
@@ -208,12 +213,12 @@ impl FastPath {
 }
 
 impl FastTable {
-    /// How long a slot rests after its flow was removed, until it may be another's.
+    /// How long a slot rests after its flow was stopped, until it may be another's.
     pub const REST_NS: u64 = 20_000_000;
 
-    /// How many flows it has room for when it is empty.
+    /// How many flows it may have.
     pub fn capacity(&self) -> usize {
-        self.free.len()
+        self.capacity
     }
 
     /// By what link a port is reached.
@@ -221,28 +226,27 @@ impl FastTable {
         self.shared.target(port)
     }
 
-    /// Has a flow forwarded; its slot. In place of one with the same key, whose slot is then to be [freed](Self::free) after a
-    /// rest. None if there is no room.
+    /// Has a flow forwarded; its slot. None if there is no room in its bucket.
     pub fn insert(&mut self, key: &FastKey, flow: &FastFlow, stamp: FastStamp) -> Option<u32> {
-        let slot = self.free.pop_front()?;
-        for (at, word) in flow.words().into_iter().enumerate() {
-            self.shared.flow_word(slot, at).store(word, Ordering::Relaxed);
+        let key = key.words();
+        let bucket = (hash_of(&key, self.shared.seed) as u32 & self.shared.mask) as usize;
+        let slot = (bucket * WAYS..(bucket + 1) * WAYS).find(|&slot| self.shared.claim(slot))? as u32;
+        let (action, flags) = flow.words();
+        let words = key.into_iter().chain([pair(STOPPED, flags), 0]).chain(action);
+        for (at, word) in words.enumerate() {
+            self.shared.word(slot, at).store(word, Ordering::Relaxed);
         }
         self.renew(slot, stamp);
-        match self.keys.insert(key.bytes(), slot, 0) {
-            Ok(()) => Some(slot),
-            Err(_) => {
-                self.free.push_front(slot);
-                None
-            }
-        }
+        Some(slot)
     }
 
     /// Gives a flow another generation and more time.
     pub fn renew(&mut self, slot: u32, stamp: FastStamp) {
-        let word = |at| self.shared.flow_word(slot, at);
+        let word = |at| self.shared.word(slot, at);
         word(EXPIRES).store(stamp.expires_ns + self.shared.behind_ns, Ordering::Relaxed);
-        word(SEQ).store(pair(stamp.seq, 0), Ordering::Relaxed);
+        // Nobody but the programs writes it meanwhile, and only newer ones.
+        let bits = second(word(SEQ).load(Ordering::Relaxed));
+        word(SEQ).store(pair(stamp.seq, bits), Ordering::Relaxed);
         self.stamp(slot, stamp_of(stamp.generation));
     }
 
@@ -253,27 +257,18 @@ impl FastTable {
 
     /// What a flow has forwarded since it was inserted.
     pub fn counts(&self, slot: u32) -> FastCounts {
-        let word = |at| self.shared.flow_word(slot, at).load(Ordering::Relaxed);
+        let word = |at| self.shared.word(slot, at).load(Ordering::Relaxed);
         FastCounts { packets: word(PACKETS), bytes: word(BYTES), seq: first(word(SEQ)) }
     }
 
-    /// Stops a flow and forgets its key, if it is still its own. The slot is to be [freed](Self::free) after a rest.
-    pub fn remove(&mut self, slot: u32, key: &FastKey) {
-        self.stop(slot);
-        if self.keys.get(&key.bytes(), 0).is_ok_and(|own| own == slot) {
-            // Nothing to do if it is gone.
-            let _: Result<(), MapError> = self.keys.remove(&key.bytes());
-        }
-    }
-
-    /// Takes a slot back that has [rested](Self::REST_NS).
+    /// Gives a slot back that was stopped and has [rested](Self::REST_NS).
     pub fn free(&mut self, slot: u32) {
-        self.free.push_back(slot);
+        self.shared.claims[slot as usize].store(false, Ordering::Release);
     }
 
     /// The generation and the flags lie in one word.
     fn stamp(&mut self, slot: u32, generation: u32) {
-        let word = self.shared.flow_word(slot, STAMP);
+        let word = self.shared.word(slot, STAMP);
         // Nobody else writes it.
         word.store(pair(generation, second(word.load(Ordering::Relaxed))), Ordering::Release);
     }
@@ -281,8 +276,8 @@ impl FastTable {
 
 impl FastKey {
     /// `struct flow_key`.
-    fn bytes(&self) -> [u8; 48] {
-        let mut bytes = [0; 48];
+    fn words(&self) -> [u64; KEY_WORDS] {
+        let mut bytes = [0; KEY_WORDS * 8];
         bytes[..2].copy_from_slice(&self.port.0.to_ne_bytes());
         bytes[2] = if self.is_v6 { 6 } else { 4 };
         bytes[3] = self.protocol;
@@ -292,40 +287,41 @@ impl FastKey {
         bytes[14..16].copy_from_slice(&self.ports.1.to_be_bytes());
         bytes[16..32].copy_from_slice(&self.source);
         bytes[32..].copy_from_slice(&self.destination);
-        bytes
+        words_of(&bytes)
     }
 }
 
 impl FastFlow {
-    /// `struct flow`, stopped.
-    fn words(&self) -> [u64; WORDS] {
-        let mut words = [0; WORDS];
+    /// The rest of `struct flow`, and the flags.
+    fn words(&self) -> ([u64; WORDS - ACTION], u32) {
         let flag = |is_set, flag| if is_set { flag } else { 0 };
         let flags = flag(self.rewrite.is_some(), FLAG_ROUTED)
             | flag(self.outer.is_some(), FLAG_ENCAP)
             | flag(self.window_bits.is_some(), FLAG_SEQUENCED);
-        words[STAMP] = pair(STOPPED, flags);
+        let mut words = [0; WORDS - ACTION];
         let (start, rest) = ethernet(self.macs);
-        words[2] = start;
-        words[3] = pair(rest, self.max_bytes);
+        words[0] = start;
+        words[1] = pair(rest, self.max_bytes);
         let (start, rest) = self.rewrite.map_or((0, 0), ethernet);
-        words[4] = start;
-        words[5] = pair(rest, self.ifindex);
-        words[6] = pair(u32::from(self.window_bits.unwrap_or(0)), 0);
-        if let Some(outer) = &self.outer {
-            for (word, bytes) in words[OUTER..].iter_mut().zip(outer.chunks(8)) {
-                let mut whole = [0; 8];
-                whole[..bytes.len()].copy_from_slice(bytes);
-                *word = u64::from_ne_bytes(whole);
-            }
-        }
-        words
+        words[2] = start;
+        words[3] = pair(rest, self.ifindex);
+        words[SEQ - ACTION] = pair(0, u32::from(self.window_bits.unwrap_or(0)));
+        let mut outer = [0; (WORDS - OUTER) * 8];
+        outer[..OUTER_BYTES].copy_from_slice(self.outer.as_ref().unwrap_or(&[0; OUTER_BYTES]));
+        words[OUTER - ACTION..].copy_from_slice(&words_of::<{ WORDS - OUTER }>(&outer));
+        (words, flags)
     }
 }
 
 impl Shared {
-    fn flow_word(&self, slot: u32, at: usize) -> &AtomicU64 {
+    fn word(&self, slot: u32, at: usize) -> &AtomicU64 {
         self.flows.word(slot as usize * WORDS + at)
+    }
+
+    /// True if the slot was nobody's.
+    fn claim(&self, slot: usize) -> bool {
+        let claim = &self.claims[slot];
+        !claim.load(Ordering::Relaxed) && !claim.swap(true, Ordering::Acquire)
     }
 
     fn target(&self, port: PortId) -> Option<u32> {
@@ -358,6 +354,28 @@ impl Drop for Mapped {
 /// The low half of a generation; zero is kept for what is stopped.
 fn stamp_of(generation: u64) -> u32 {
     (generation as u32).max(1)
+}
+
+/// `hash_of` of `bpf/fastpath.h`.
+fn hash_of(key: &[u64; KEY_WORDS], seed: u64) -> u64 {
+    let (mut one, mut two) = (seed, !seed);
+    for words in key.chunks_exact(2) {
+        one = (one ^ words[0]).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        two = (two ^ words[1]).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        one ^= one >> 32;
+        two ^= two >> 32;
+    }
+    one = (one ^ two).wrapping_mul(0x94d0_49bb_1331_11eb);
+    one ^ one >> 32
+}
+
+/// Words as they lie in memory; of as many bytes as they have.
+fn words_of<const N: usize>(bytes: &[u8]) -> [u64; N] {
+    let mut words = [0; N];
+    for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+        *word = bytes.try_into().map_or(0, u64::from_ne_bytes);
+    }
+    words
 }
 
 /// Two words of C beside each other in memory.

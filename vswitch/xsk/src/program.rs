@@ -14,7 +14,7 @@ use aya::programs::{ProgramError as AyaProgramError, Xdp, XdpMode as AyaMode};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use vswitch_net::PortId;
 
-use crate::fastpath::FastPath;
+use crate::fastpath::{FastPath, buckets_for};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/switch.o"));
 
@@ -137,20 +137,16 @@ struct Prefixes {
 
 impl Programs {
     /// Loads the programs. With `fast_flows`, links may forward so many flows by themselves; without, the fast path is there
-    /// and has no room. `now_ns` is the daemon's clock.
+    /// and has no room. `seed` is a secret for their hash, `now_ns` the daemon's clock.
     ///
     /// # Errors
     ///
     /// Each tells what to do; nothing is left behind.
-    pub fn load(fast_flows: Option<u32>, now_ns: u64) -> Result<(Programs, Option<FastPath>), ProgramError> {
-        let slots = fast_flows.unwrap_or(1).max(1);
+    pub fn load(fast_flows: Option<u32>, seed: u64, now_ns: u64) -> Result<(Programs, Option<FastPath>), ProgramError> {
+        let buckets = fast_flows.map_or(1, buckets_for);
         // No kernel BTF: the programs read packets and maps only.
-        let mut ebpf = EbpfLoader::new()
-            .btf(None)
-            .map_max_entries("KEYS", slots)
-            .map_max_entries("FLOWS", slots)
-            .load(OBJECT)
-            .map_err(load_error)?;
+        let mut ebpf =
+            EbpfLoader::new().btf(None).map_max_entries("FLOWS", buckets).load(OBJECT).map_err(load_error)?;
         for name in [POD, UPLINK] {
             program(&mut ebpf, name)?.load().map_err(|error| load_error(error.into()))?;
         }
@@ -160,10 +156,10 @@ impl Programs {
             None => None,
             Some(_) => {
                 let map = |name| match ebpf.map(name) {
-                    Some(Map::HashMap(data) | Map::Array(data)) => Ok(data),
+                    Some(Map::Array(data)) => Ok(data),
                     _ => Err(ProgramError::Missing(name)),
                 };
-                let fast_path = FastPath::new(map("KEYS")?, map("FLOWS")?, map("GENERATION")?, now_ns);
+                let fast_path = FastPath::new(map("FLOWS")?, map("TABLE")?, seed, now_ns);
                 Some(fast_path.map_err(ProgramError::FastPath)?)
             }
         };
