@@ -9,7 +9,8 @@ use vswitch_control::{Attached, Backend, FlowSample, OffloadSample, Own, WorkerS
 use vswitch_dataplane::connection::Connections;
 use vswitch_net::PortId;
 use vswitch_xsk::{
-    AttachedProgram, BoundSocket, CopyMode, FastPath, Programs, Role, Vtep, XdpMode, XdpPreference, ZeroCopy,
+    AttachedProgram, BoundSocket, CopyMode, FastPath, FastTarget, Programs, Role, Vtep, XdpMode, XdpPreference,
+    ZeroCopy,
 };
 
 use crate::worker::{ANSWER_TIMEOUT, WorkerHandle};
@@ -101,11 +102,13 @@ impl Links {
     }
 
     /// Tells which links XDP can send to. True if one is lost, so that flows there must come back.
-    pub(crate) fn set_targets(&self, can_be_sent_to: impl Fn(u32) -> bool) -> bool {
+    pub(crate) fn set_targets(&self, targets: &BTreeMap<u32, bool>) -> bool {
         let Offload::On(fast_path) = &self.offload else { return false };
         let mut is_lost = false;
         for (&port, link) in &self.attached {
-            let target = Some(link.ifindex).filter(|&ifindex| link.program.is_fast() && can_be_sent_to(ifindex));
+            let ifindex = link.ifindex;
+            let takes_frags = targets.get(&ifindex).filter(|_| link.program.is_fast());
+            let target = takes_frags.map(|&takes_frags| FastTarget { ifindex, takes_frags });
             is_lost |= target.is_none() && fast_path.target(port).is_some();
             fast_path.set_target(port, target);
         }

@@ -3,7 +3,7 @@
 //! # What
 //!
 //! The XDP programs of a link forward a flow by themselves ([`vswitch_xsk::FastPath`]) if its flow entry says nothing that they
-//! cannot do: TCP or UDP with whole checksums, to another link or to a peer over IPv4, without translation, rates, mirrors and
+//! cannot do: TCP or UDP, to another link or to a peer over IPv4, without translation, rates, mirrors and
 //! tags. [`Fast`] offers a flow once it has sent a few packets, gives it more time whenever it is judged anew, and brings its
 //! counters home.
 //!
@@ -20,7 +20,7 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use vswitch_net::PortId;
-use vswitch_xsk::{FastCounts, FastFlow, FastKey, FastStamp, FastTable, OUTER_BYTES};
+use vswitch_xsk::{FastCounts, FastFlow, FastKey, FastStamp, FastTable, FastTarget, OUTER_BYTES};
 
 use crate::counters::Counters;
 use crate::meta::{Checksum, FlowKey, Kind, Meta, address};
@@ -45,7 +45,7 @@ pub trait FastIo: fmt::Debug + Send {
     /// How many flows it has room for.
     fn capacity(&self) -> usize;
     /// By what link a port is reached; none if it is not.
-    fn target(&self, port: PortId) -> Option<u32>;
+    fn target(&self, port: PortId) -> Option<FastTarget>;
     /// Takes a flow; its slot, or none if there is no room.
     fn insert(&mut self, key: &FastKey, flow: &FastFlow, stamp: FastStamp) -> Option<u32>;
     /// Gives a flow another generation and more time.
@@ -63,7 +63,7 @@ impl FastIo for FastTable {
         FastTable::capacity(self)
     }
 
-    fn target(&self, port: PortId) -> Option<u32> {
+    fn target(&self, port: PortId) -> Option<FastTarget> {
         FastTable::target(self, port)
     }
 
@@ -288,10 +288,7 @@ impl Fast {
         window_bits: u8,
         snapshot: &Snapshot,
     ) -> Option<(FastKey, FastFlow, Books)> {
-        let is_plain = matches!(meta.protocol, TCP | UDP)
-            && meta.fragment.is_none()
-            && meta.checksum == Checksum::Complete
-            && !action.is_translated;
+        let is_plain = matches!(meta.protocol, TCP | UDP) && meta.fragment.is_none() && !action.is_translated;
         let from = snapshot.port(meta.ingress)?;
         if !is_plain || from.limits.is_some() || !from.mirrors_from.is_empty() {
             return None;
@@ -332,8 +329,12 @@ impl Fast {
             max_bytes: max_bytes as u32,
             window_bits: (window_bits != NO_WINDOW).then_some(window_bits),
             outer,
-            ifindex: self.io.target(egress)?,
+            to: self.io.target(egress)?,
         };
+        // The programs would leave it to the poll loop.
+        if meta.checksum != Checksum::Complete && !flow.completes() {
+            return None;
+        }
         let books = Books {
             entry: meta.key,
             hash: meta.hash,

@@ -1,6 +1,6 @@
 //! What XDP can do with a link (kernel document `netlink/specs/netdev`).
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use futures_util::StreamExt;
 use genetlink::GenetlinkHandle;
@@ -16,19 +16,23 @@ const DEV_GET: u8 = 1;
 const DEV_IFINDEX: u16 = 1;
 const DEV_XDP_FEATURES: u16 = 3;
 
-/// `NETDEV_XDP_ACT_NDO_XMIT`: takes packets that XDP redirects to it.
+/// `NETDEV_XDP_ACT_NDO_XMIT` and `NETDEV_XDP_ACT_NDO_XMIT_SG`: takes packets that XDP redirects to it, and those of several
+/// frames.
 const CAN_BE_SENT_TO: u64 = 4;
+const TAKES_FRAGS: u64 = 64;
 
 impl Kernel {
-    /// Of some links here, those that XDP can send to; none if the kernel does not tell.
-    pub async fn redirect_targets(&self, links: &[u32]) -> BTreeSet<u32> {
-        let Ok((connection, mut handle, _)) = genetlink::new_connection() else { return BTreeSet::new() };
+    /// Of some links here, those that XDP can send to, and whether they take packets of several frames; none if the kernel
+    /// does not tell.
+    pub async fn redirect_targets(&self, links: &[u32]) -> BTreeMap<u32, bool> {
+        let Ok((connection, mut handle, _)) = genetlink::new_connection() else { return BTreeMap::new() };
         let connection = tokio::spawn(connection);
-        let mut targets = BTreeSet::new();
+        let mut targets = BTreeMap::new();
         // Not in one dump: its messages lack the mark that more follow, and readers stop after the first.
         for &ifindex in links {
-            if is_target(&mut handle, ifindex).await {
-                targets.insert(ifindex);
+            let features = features(&mut handle, ifindex).await.unwrap_or(0);
+            if features & CAN_BE_SENT_TO != 0 {
+                targets.insert(ifindex, features & TAKES_FRAGS != 0);
             }
         }
         connection.abort();
@@ -36,19 +40,17 @@ impl Kernel {
     }
 }
 
-async fn is_target(handle: &mut GenetlinkHandle, ifindex: u32) -> bool {
+async fn features(handle: &mut GenetlinkHandle, ifindex: u32) -> Option<u64> {
     let link = DefaultNla::new(DEV_IFINDEX, ifindex.to_ne_bytes().to_vec());
     let mut body = vec![0; link.buffer_len()];
     link.emit(&mut body);
     let mut message = NetlinkMessage::from(GenlMessage::from_payload(Netdev { command: DEV_GET, body }));
     message.header.flags = NLM_F_REQUEST;
-    let Ok(mut answers) = handle.request(message).await else { return false };
-    let Some(Ok(answer)) = answers.next().await else { return false };
-    let NetlinkPayload::InnerMessage(answer) = answer.payload else { return false };
+    let answer = handle.request(message).await.ok()?.next().await?.ok()?;
+    let NetlinkPayload::InnerMessage(answer) = answer.payload else { return None };
     let mut attributes = NlasIterator::new(&answer.payload.body[..]).filter_map(Result::ok);
-    let features = attributes.find(|attribute| attribute.kind() == DEV_XDP_FEATURES);
-    let features = features.and_then(|features| <[u8; 8]>::try_from(features.value()).ok());
-    features.is_some_and(|features| u64::from_ne_bytes(features) & CAN_BE_SENT_TO != 0)
+    let features = attributes.find(|attribute| attribute.kind() == DEV_XDP_FEATURES)?;
+    features.value().try_into().ok().map(u64::from_ne_bytes)
 }
 
 /// A message of the family.

@@ -43,7 +43,7 @@ impl Daemon {
         }
         let links = self.links.borrow().ifindexes();
         let targets = self.kernel.redirect_targets(&links).await;
-        if self.links.borrow().set_targets(|ifindex| targets.contains(&ifindex)) {
+        if self.links.borrow().set_targets(&targets) {
             self.control.borrow_mut().invalidate();
         }
     }

@@ -2,8 +2,9 @@
  *
  * The switch writes what becomes of a flow (xsk/src/fastpath.rs); here it is done if the packet is like those that were
  * judged, and nothing about it is unusual. All else is left as it is, for the poll loop: what opens or closes a
- * connection, fragments, options, a checksum that is left to the device, damage, other sizes. A flow holds for one
- * generation, which the switch counts up with every change, and for some seconds.
+ * connection, fragments, options, damage, other sizes, and a checksum that is left to the device where packets may be too
+ * large to be summed here. A flow holds for one generation, which the switch counts up with every change, and for some
+ * seconds.
  */
 #ifndef VSWITCH_FASTPATH_H
 #define VSWITCH_FASTPATH_H
@@ -22,6 +23,11 @@
 #define FLOW_ROUTED 1 /* MAC addresses change, and one hop is used */
 #define FLOW_ENCAP 2
 #define FLOW_SEQUENCED 4 /* TCP: sequence numbers are followed */
+#define FLOW_COMPLETE 8 /* a checksum that is left to the device is completed: no packet is larger than MAX_SUM */
+#define FLOW_FRAGS 16 /* the other link takes packets of several frames */
+
+#define MAX_SUM 3584
+#define SUM_STEP 512 /* the most that bpf_csum_diff took before Linux 6.13 */
 
 /* What its packets look like; `FastKey`. Ports and addresses as on the wire. */
 struct flow_key {
@@ -89,6 +95,18 @@ struct {
 	__type(value, struct table);
 } TABLE SEC(".maps");
 
+/* Room to sum a packet in. */
+struct scratch {
+	__u8 bytes[MAX_SUM + SUM_STEP];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct scratch);
+} SCRATCH SEC(".maps");
+
 /* How a packet came. */
 struct arrival {
 	__u32 port;
@@ -133,6 +151,7 @@ struct layer4 {
 	__u32 seq;
 	__u64 pseudo; /* sum of the pseudo-header */
 	__u32 bytes;
+	__u8 is_partial; /* the rest of the checksum is left to the device */
 };
 
 /* False for what the poll loop must see. */
@@ -147,8 +166,7 @@ static __always_inline int read_layer4(void *at, void *end, struct flow_key *key
 			return 0;
 		if (tcp->syn || tcp->fin || tcp->rst || tcp->urg || !tcp->ack)
 			return 0;
-		if (tcp->check == partial)
-			return 0;
+		l4->is_partial = tcp->check == partial;
 		key->ports[0] = tcp->source;
 		key->ports[1] = tcp->dest;
 		l4->seq = __builtin_bswap32(tcp->seq);
@@ -159,8 +177,9 @@ static __always_inline int read_layer4(void *at, void *end, struct flow_key *key
 
 		if ((void *)(udp + 1) > end || be16(udp->len) != l4->bytes)
 			return 0;
-		if (udp->check == partial || (!udp->check && key->kind == 6))
+		if (!udp->check && key->kind == 6)
 			return 0;
+		l4->is_partial = udp->check == partial;
 		key->ports[0] = udp->source;
 		key->ports[1] = udp->dest;
 		l4->seq = 0;
@@ -169,7 +188,9 @@ static __always_inline int read_layer4(void *at, void *end, struct flow_key *key
 	return 0;
 }
 
-static __always_inline int read_packet(void *at, void *end, struct flow_key *key, struct layer4 *l4, __u8 *hops, __u8 *ecn)
+/* `bytes` is what the packet has from `at` on, the first frame ends at `end`. */
+static __always_inline int read_packet(void *at, void *end, __u32 bytes, struct flow_key *key, struct layer4 *l4,
+				       __u8 *hops, __u8 *ecn)
 {
 	struct ethhdr *eth = at;
 
@@ -181,7 +202,7 @@ static __always_inline int read_packet(void *at, void *end, struct flow_key *key
 
 		if (*(__u8 *)ip != 0x45 || (ip->frag_off & be16(0x3fff)) || header_sum(ip) != 0xffff)
 			return 0;
-		if (total < sizeof(*ip) || (void *)ip + total != end)
+		if (total < sizeof(*ip) || sizeof(*eth) + total != bytes)
 			return 0;
 		key->kind = 4;
 		key->protocol = ip->protocol;
@@ -200,7 +221,7 @@ static __always_inline int read_packet(void *at, void *end, struct flow_key *key
 		if ((void *)(ip + 1) > end || ip->version != 6)
 			return 0;
 		payload = be16(ip->payload_len);
-		if ((void *)(ip + 1) + payload != end)
+		if (sizeof(*eth) + sizeof(*ip) + payload != bytes)
 			return 0;
 		key->kind = 6;
 		key->protocol = ip->nexthdr;
@@ -292,6 +313,37 @@ static __always_inline struct flow *find_flow(const struct flow_key *packet, con
 	return flow;
 }
 
+/* Completes the checksum of a packet whose layer 4 begins at `offset`; false if it cannot be, and then nothing was changed. */
+static __always_inline int complete(struct xdp_md *ctx, void *layer4, void *end, __u32 offset, __u32 bytes, __u8 protocol)
+{
+	__u32 zero = 0, sum = 0, field = protocol == IPPROTO_TCP ? 16 : 6;
+	struct scratch *scratch = bpf_map_lookup_elem(&SCRATCH, &zero);
+	__u16 *check = layer4 + field;
+
+	if (!scratch || !bytes || bytes > MAX_SUM || (void *)(check + 1) > end)
+		return 0;
+	if (bpf_xdp_load_bytes(ctx, offset, scratch->bytes, bytes))
+		return 0;
+	/* Sums go by words of four bytes; `bytes` is at most MAX_SUM. */
+	*(__u32 *)(scratch->bytes + (bytes & 0xfff)) = 0;
+	bytes = (bytes + 3) & ~3;
+	for (int i = 0; i < MAX_SUM / SUM_STEP; i++) {
+		__u64 step = bytes;
+
+		/* The verifier wants the very register compared that is used. */
+		asm volatile("" : "+r"(step));
+		if (step > SUM_STEP)
+			step = SUM_STEP;
+		if (!step)
+			break;
+		sum = bpf_csum_diff(0, 0, scratch->bytes + i * SUM_STEP, step, sum);
+		bytes -= step;
+	}
+	sum = (__u16)~fold(sum);
+	*check = sum || protocol == IPPROTO_TCP ? sum : 0xffff;
+	return 1;
+}
+
 /* One hop less (RFC 1812 section 5.3.1), and the checksum that covers it (RFC 1624). */
 static __always_inline void use_hop(void *at, __u8 kind)
 {
@@ -330,15 +382,12 @@ static __always_inline int forward(struct xdp_md *ctx, void *at, const struct ar
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
 	struct flow_key key __attribute__((aligned(8))) = { .port = from->port, .vni = from->vni, .vtep = from->vtep };
-	__u32 bytes = end - data, inner = end - at;
+	__u32 bytes = bpf_xdp_get_buff_len(ctx), offset = at - data, inner = bytes - offset;
 	struct layer4 l4;
 	struct flow *flow;
 	__u8 hops, ecn;
 
-	/* One of several frames. */
-	if (bpf_xdp_get_buff_len(ctx) != bytes)
-		return -1;
-	if (!read_packet(at, end, &key, &l4, &hops, &ecn))
+	if (!read_packet(at, end, inner, &key, &l4, &hops, &ecn))
 		return -1;
 	/* What was marked on the way must be marked inside (RFC 6040 section 4.2). */
 	if (from->ecn && from->ecn != ecn)
@@ -346,6 +395,20 @@ static __always_inline int forward(struct xdp_md *ctx, void *at, const struct ar
 	flow = find_flow(&key, at, inner, hops, l4.seq);
 	if (!flow)
 		return -1;
+	if (bytes != end - data && !(flow->flags & FLOW_FRAGS))
+		return -1;
+	if (l4.is_partial) {
+		__u32 before = inner - l4.bytes;
+
+		if (!(flow->flags & FLOW_COMPLETE))
+			return -1;
+		if (key.kind == 4) {
+			if (!complete(ctx, at + 34, end, offset + before, l4.bytes, key.protocol))
+				return -1;
+		} else if (!complete(ctx, at + 54, end, offset + before, l4.bytes, key.protocol)) {
+			return -1;
+		}
+	}
 	if (flow->flags & FLOW_ENCAP) {
 		if (bpf_xdp_adjust_head(ctx, -OUTER_BYTES))
 			return -1;

@@ -30,7 +30,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use aya::maps::MapData;
 use vswitch_net::{MacAddr, PortId};
@@ -57,6 +57,11 @@ const WAYS: usize = 4;
 const FLAG_ROUTED: u32 = 1;
 const FLAG_ENCAP: u32 = 2;
 const FLAG_SEQUENCED: u32 = 4;
+const FLAG_COMPLETE: u32 = 8;
+const FLAG_FRAGS: u32 = 16;
+
+/// Largest frame whose checksum the programs complete: MAX_SUM, whatever headers are before it.
+const MAX_SUM: u32 = 3584;
 
 /// A generation that is never in force: the switch counts from one.
 const STOPPED: u32 = 0;
@@ -94,7 +99,16 @@ pub struct FastFlow {
     /// Headers of VXLAN to put before them, as for an empty packet.
     pub outer: Option<[u8; OUTER_BYTES]>,
     /// The link to send them by.
+    pub to: FastTarget,
+}
+
+/// A link that XDP can send to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FastTarget {
+    /// Its index.
     pub ifindex: u32,
+    /// Whether it takes packets of several frames.
+    pub takes_frags: bool,
 }
 
 /// How long a flow holds, and where its sequence numbers are.
@@ -142,8 +156,8 @@ struct Shared {
     claims: Box<[AtomicBool]>,
     mask: u32,
     seed: u64,
-    /// By port: the link that it can be reached by from here, or zero.
-    targets: Box<[AtomicU32]>,
+    /// By port: the link that it can be reached by from here, or zero; the upper half says whether it takes several frames.
+    targets: Box<[AtomicU64]>,
     /// What the daemon's clock has less than the kernel's.
     behind_ns: u64,
 }
@@ -181,7 +195,7 @@ impl FastPath {
             claims: (0..slots).map(|_| AtomicBool::new(false)).collect(),
             mask: buckets - 1,
             seed,
-            targets: (0..=u16::MAX).map(|_| AtomicU32::new(0)).collect(),
+            targets: (0..=u16::MAX).map(|_| AtomicU64::new(0)).collect(),
             behind_ns: sys::monotonic_ns().saturating_sub(now_ns),
         };
         shared.table.word(1).store(seed, Ordering::Relaxed);
@@ -202,12 +216,13 @@ impl FastPath {
     }
 
     /// Tells by what link a port is reached from here; none if it is not. What flows there already is not stopped.
-    pub fn set_target(&self, port: PortId, ifindex: Option<u32>) {
-        self.shared.targets[port.index()].store(ifindex.unwrap_or(0), Ordering::Relaxed);
+    pub fn set_target(&self, port: PortId, target: Option<FastTarget>) {
+        let word = target.map_or(0, |to| u64::from(to.takes_frags) << 32 | u64::from(to.ifindex));
+        self.shared.targets[port.index()].store(word, Ordering::Relaxed);
     }
 
     /// By what link a port is reached.
-    pub fn target(&self, port: PortId) -> Option<u32> {
+    pub fn target(&self, port: PortId) -> Option<FastTarget> {
         self.shared.target(port)
     }
 }
@@ -222,7 +237,7 @@ impl FastTable {
     }
 
     /// By what link a port is reached.
-    pub fn target(&self, port: PortId) -> Option<u32> {
+    pub fn target(&self, port: PortId) -> Option<FastTarget> {
         self.shared.target(port)
     }
 
@@ -292,19 +307,27 @@ impl FastKey {
 }
 
 impl FastFlow {
+    /// True if a checksum that is left to the device is completed on the way: if no packet is too large for that, for those of a
+    /// flow shall all go one way, or they would overtake each other.
+    pub fn completes(&self) -> bool {
+        self.max_bytes <= MAX_SUM
+    }
+
     /// The rest of `struct flow`, and the flags.
     fn words(&self) -> ([u64; WORDS - ACTION], u32) {
         let flag = |is_set, flag| if is_set { flag } else { 0 };
         let flags = flag(self.rewrite.is_some(), FLAG_ROUTED)
             | flag(self.outer.is_some(), FLAG_ENCAP)
-            | flag(self.window_bits.is_some(), FLAG_SEQUENCED);
+            | flag(self.window_bits.is_some(), FLAG_SEQUENCED)
+            | flag(self.completes(), FLAG_COMPLETE)
+            | flag(self.to.takes_frags, FLAG_FRAGS);
         let mut words = [0; WORDS - ACTION];
         let (start, rest) = ethernet(self.macs);
         words[0] = start;
         words[1] = pair(rest, self.max_bytes);
         let (start, rest) = self.rewrite.map_or((0, 0), ethernet);
         words[2] = start;
-        words[3] = pair(rest, self.ifindex);
+        words[3] = pair(rest, self.to.ifindex);
         words[SEQ - ACTION] = pair(0, u32::from(self.window_bits.unwrap_or(0)));
         let mut outer = [0; (WORDS - OUTER) * 8];
         outer[..OUTER_BYTES].copy_from_slice(self.outer.as_ref().unwrap_or(&[0; OUTER_BYTES]));
@@ -324,9 +347,9 @@ impl Shared {
         !claim.load(Ordering::Relaxed) && !claim.swap(true, Ordering::Acquire)
     }
 
-    fn target(&self, port: PortId) -> Option<u32> {
-        let ifindex = self.targets[port.index()].load(Ordering::Relaxed);
-        (ifindex != 0).then_some(ifindex)
+    fn target(&self, port: PortId) -> Option<FastTarget> {
+        let word = self.targets[port.index()].load(Ordering::Relaxed);
+        (word != 0).then_some(FastTarget { ifindex: word as u32, takes_frags: word >> 32 != 0 })
     }
 }
 
