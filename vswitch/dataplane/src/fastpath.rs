@@ -20,7 +20,7 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use vswitch_net::PortId;
-use vswitch_xsk::{FastCounts, FastFlow, FastKey, FastStamp, FastTable, FastTarget, OUTER_BYTES};
+use vswitch_xsk::{FastCounts, FastFlow, FastKey, FastStamp, FastTable, FastTarget, MAX_SUM, OUTER_BYTES};
 
 use crate::counters::Counters;
 use crate::meta::{Checksum, FlowKey, Kind, Meta, address};
@@ -30,7 +30,7 @@ use crate::table::flow::{FlowTable, NO_WINDOW};
 use crate::verdict::{Action, Output, Rewrite};
 use crate::vxlan::ETHERNET;
 
-/// Every so many packets a flow is offered, until it is taken.
+/// Every so many packets that the poll loop has of a flow, the kernel hears of it.
 pub(crate) const OFFER_EVERY: u64 = 16;
 
 /// How often some of the counters are read, and in how many turns all of them.
@@ -50,6 +50,8 @@ pub trait FastIo: fmt::Debug + Send {
     fn insert(&mut self, key: &FastKey, flow: &FastFlow, stamp: FastStamp) -> Option<u32>;
     /// Gives a flow another generation and more time.
     fn renew(&mut self, slot: u32, stamp: FastStamp);
+    /// Tells a flow of a newer sequence number.
+    fn follow(&mut self, slot: u32, seq: u32);
     /// Leaves a flow's packets to the poll loop. Its slot rests, unless it is renewed.
     fn stop(&mut self, slot: u32);
     /// What a flow has forwarded since it was taken.
@@ -73,6 +75,10 @@ impl FastIo for FastTable {
 
     fn renew(&mut self, slot: u32, stamp: FastStamp) {
         FastTable::renew(self, slot, stamp);
+    }
+
+    fn follow(&mut self, slot: u32, seq: u32) {
+        FastTable::follow(self, slot, seq);
     }
 
     fn stop(&mut self, slot: u32) {
@@ -166,11 +172,22 @@ impl Fast {
         self.live == 0 && self.resting.is_empty()
     }
 
-    /// Hands the flow at `at` of the flow table to the kernel, if it may go there. `meta` is one of its packets.
+    /// Hands the flow at `at` of the flow table to the kernel, if it may go there and is not there yet. `meta` is one of its
+    /// packets.
     #[cold]
     pub(crate) fn offer(&mut self, flows: &mut FlowTable, at: usize, meta: &Meta, snapshot: &Snapshot, now_ns: u64) {
         let entry = flows.shortcut(at, now_ns);
+        if let Some(place) = flows.place(at) {
+            if let Some(held) = self.held.get(place as usize).and_then(Option::as_ref) {
+                self.io.follow(held.slot, entry.seq);
+            }
+            return;
+        }
         let Some((key, flow, mut books)) = self.plan(meta, &entry.action, entry.window_bits, snapshot) else { return };
+        // The programs would leave it to the poll loop.
+        if meta.checksum != Checksum::Complete && !flow.completes {
+            return;
+        }
         let stamp = FastStamp { generation: snapshot.generation, expires_ns: entry.expires_ns, seq: entry.seq };
         let Some(slot) = self.vacant.last().and_then(|_| self.io.insert(&key, &flow, stamp)) else {
             self.refused += 1;
@@ -196,8 +213,6 @@ impl Fast {
                 let stamp = FastStamp { generation: snapshot.generation, expires_ns: entry.expires_ns, seq: entry.seq };
                 self.io.renew(held.slot, stamp);
             }
-            // One packet that the kernel would not take says nothing of the others.
-            None if meta.checksum != Checksum::Complete => {}
             _ => {
                 self.forget(place, now_ns);
                 flows.set_place(at, None);
@@ -328,13 +343,12 @@ impl Fast {
             rewrite: action.rewrite.map(rewrite),
             max_bytes: max_bytes as u32,
             window_bits: (window_bits != NO_WINDOW).then_some(window_bits),
+            // Packets of a flow shall all go one way, or they would overtake each other: no pod's is too large then. What comes from
+            // a wire has its checksum, and may look as if not.
+            completes: max_bytes <= MAX_SUM as usize || meta.peer.is_some(),
             outer,
             to: self.io.target(egress)?,
         };
-        // The programs would leave it to the poll loop.
-        if meta.checksum != Checksum::Complete && !flow.completes() {
-            return None;
-        }
         let books = Books {
             entry: meta.key,
             hash: meta.hash,

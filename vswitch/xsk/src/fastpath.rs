@@ -60,8 +60,8 @@ const FLAG_SEQUENCED: u32 = 4;
 const FLAG_COMPLETE: u32 = 8;
 const FLAG_FRAGS: u32 = 16;
 
-/// Largest frame whose checksum the programs complete: MAX_SUM, whatever headers are before it.
-const MAX_SUM: u32 = 3584;
+/// Largest frame whose checksum the programs can complete.
+pub const MAX_SUM: u32 = 3584;
 
 /// A generation that is never in force: the switch counts from one.
 const STOPPED: u32 = 0;
@@ -96,6 +96,8 @@ pub struct FastFlow {
     pub max_bytes: u32,
     /// How far a TCP sequence number may be from the last one: two to the power of this.
     pub window_bits: Option<u8>,
+    /// Whether a checksum that is left to the device is completed, in frames of up to [`MAX_SUM`].
+    pub completes: bool,
     /// Headers of VXLAN to put before them, as for an empty packet.
     pub outer: Option<[u8; OUTER_BYTES]>,
     /// The link to send them by.
@@ -246,7 +248,7 @@ impl FastTable {
         let key = key.words();
         let bucket = (hash_of(&key, self.shared.seed) as u32 & self.shared.mask) as usize;
         let slot = (bucket * WAYS..(bucket + 1) * WAYS).find(|&slot| self.shared.claim(slot))? as u32;
-        let (action, flags) = flow.words();
+        let (action, flags) = flow.words(stamp.seq);
         let words = key.into_iter().chain([pair(STOPPED, flags), 0]).chain(action);
         for (at, word) in words.enumerate() {
             self.shared.word(slot, at).store(word, Ordering::Relaxed);
@@ -259,10 +261,18 @@ impl FastTable {
     pub fn renew(&mut self, slot: u32, stamp: FastStamp) {
         let word = |at| self.shared.word(slot, at);
         word(EXPIRES).store(stamp.expires_ns + self.shared.behind_ns, Ordering::Relaxed);
-        // Nobody but the programs writes it meanwhile, and only newer ones.
-        let bits = second(word(SEQ).load(Ordering::Relaxed));
-        word(SEQ).store(pair(stamp.seq, bits), Ordering::Relaxed);
+        self.follow(slot, stamp.seq);
         self.stamp(slot, stamp_of(stamp.generation));
+    }
+
+    /// Tells a flow of a newer sequence number: its packets may pass the poll loop, too.
+    pub fn follow(&mut self, slot: u32, seq: u32) {
+        let word = self.shared.word(slot, SEQ);
+        let known = word.load(Ordering::Relaxed);
+        // If a program stores one meanwhile, the next packet puts it right.
+        if (seq.wrapping_sub(first(known)) as i32) > 0 {
+            word.store(pair(seq, second(known)), Ordering::Relaxed);
+        }
     }
 
     /// Leaves a flow's packets to the poll loop, until it is [renewed](Self::renew).
@@ -307,19 +317,13 @@ impl FastKey {
 }
 
 impl FastFlow {
-    /// True if a checksum that is left to the device is completed on the way: if no packet is too large for that, for those of a
-    /// flow shall all go one way, or they would overtake each other.
-    pub fn completes(&self) -> bool {
-        self.max_bytes <= MAX_SUM
-    }
-
     /// The rest of `struct flow`, and the flags.
-    fn words(&self) -> ([u64; WORDS - ACTION], u32) {
+    fn words(&self, seq: u32) -> ([u64; WORDS - ACTION], u32) {
         let flag = |is_set, flag| if is_set { flag } else { 0 };
         let flags = flag(self.rewrite.is_some(), FLAG_ROUTED)
             | flag(self.outer.is_some(), FLAG_ENCAP)
             | flag(self.window_bits.is_some(), FLAG_SEQUENCED)
-            | flag(self.completes(), FLAG_COMPLETE)
+            | flag(self.completes, FLAG_COMPLETE)
             | flag(self.to.takes_frags, FLAG_FRAGS);
         let mut words = [0; WORDS - ACTION];
         let (start, rest) = ethernet(self.macs);
@@ -328,7 +332,7 @@ impl FastFlow {
         let (start, rest) = self.rewrite.map_or((0, 0), ethernet);
         words[2] = start;
         words[3] = pair(rest, self.to.ifindex);
-        words[SEQ - ACTION] = pair(0, u32::from(self.window_bits.unwrap_or(0)));
+        words[SEQ - ACTION] = pair(seq, u32::from(self.window_bits.unwrap_or(0)));
         let mut outer = [0; (WORDS - OUTER) * 8];
         outer[..OUTER_BYTES].copy_from_slice(self.outer.as_ref().unwrap_or(&[0; OUTER_BYTES]));
         words[OUTER - ACTION..].copy_from_slice(&words_of::<{ WORDS - OUTER }>(&outer));

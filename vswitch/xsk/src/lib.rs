@@ -54,7 +54,7 @@ mod umem;
 
 pub use bind::{BindError, Binder, BoundSocket, ZeroCopy};
 pub use cycles::cycles;
-pub use fastpath::{FastCounts, FastFlow, FastKey, FastPath, FastStamp, FastTable, FastTarget, OUTER_BYTES};
+pub use fastpath::{FastCounts, FastFlow, FastKey, FastPath, FastStamp, FastTable, FastTarget, MAX_SUM, OUTER_BYTES};
 pub use frame::{Frame, HEADROOM, MAX_FRAMES, Packet};
 pub use huge::filled;
 pub use prefetch::prefetch;

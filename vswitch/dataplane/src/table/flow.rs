@@ -164,10 +164,10 @@ impl FlowTable {
         }
     }
 
-    /// True if the flow at `at` is to be offered to the kernel now.
+    /// True if the kernel is to hear of the flow at `at` now.
     #[inline(always)]
     pub(crate) fn is_due(&self, at: usize) -> bool {
-        self.entries[at].packets.is_multiple_of(OFFER_EVERY) && self.place(at).is_none()
+        self.entries[at].packets.is_multiple_of(OFFER_EVERY)
     }
 
     /// The flow at `at`, to be handed to the kernel.
