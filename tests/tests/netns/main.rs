@@ -18,6 +18,7 @@ mod life;
 mod load;
 mod nat;
 mod nfv;
+mod offload;
 mod outside;
 mod podman;
 mod policy;

@@ -62,30 +62,23 @@ fn set(client: &mut Client, endpoints: Vec<EndpointSpec>) {
     client.call(Request::EndpointSet { endpoints }).unwrap();
 }
 
-/// How many UDP datagrams and TCP segments a namespace has received, whether somebody listened or not.
-fn received(pod: &Namespace) -> u64 {
+/// A number of a namespace's own, `/proc/net/snmp`, by protocol and name there.
+fn snmp(pod: &Namespace, protocol: &str, name: &str) -> u64 {
     let text = pod.run(5, &["cat", "/proc/net/snmp"]).unwrap();
-    let field = |protocol: &str, name: &str| -> u64 {
-        let mut lines = text.lines().filter(|line| line.starts_with(protocol)).map(str::split_whitespace);
-        let (mut names, values) = (lines.next().unwrap(), lines.next().unwrap());
-        let at = names.position(|other| other == name).unwrap();
-        values.collect::<Vec<_>>()[at].parse().unwrap()
-    };
-    field("Udp:", "InDatagrams") + field("Udp:", "NoPorts") + field("Tcp:", "InSegs")
-}
-
-/// A number of the pod's own UDP counters, `/proc/net/snmp`, by its name there.
-fn udp_counter(pod: &Namespace, name: &str) -> u64 {
-    let text = pod.run(5, &["cat", "/proc/net/snmp"]).unwrap();
-    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Udp:")).map(str::split_whitespace);
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix(protocol)).map(str::split_whitespace);
     let (mut names, mut values) = (lines.next().unwrap(), lines.next().unwrap());
     let place = names.position(|one| one == name).unwrap();
     values.nth(place).unwrap().parse().unwrap()
 }
 
-/// How many UDP datagrams came to ports that nobody serves, as the foe's do.
-fn no_ports(pod: &Namespace) -> u64 {
-    udp_counter(pod, "NoPorts")
+/// How many UDP datagrams and TCP segments a namespace has received, whether somebody listened or not.
+fn received(pod: &Namespace) -> u64 {
+    snmp(pod, "Udp:", "InDatagrams") + snmp(pod, "Udp:", "NoPorts") + snmp(pod, "Tcp:", "InSegs")
+}
+
+/// How many UDP datagrams came to ports that nobody serves.
+pub(crate) fn no_ports(pod: &Namespace) -> u64 {
+    snmp(pod, "Udp:", "NoPorts")
 }
 
 fn hammer(lab: &mut Lab, from: &Namespace, to: &str) {
@@ -161,7 +154,7 @@ fn a_thousand_swaps_of_policy_lose_nothing_and_open_nothing() {
     let before = no_ports(&pods[1].0);
     hammer(&mut bench.lab, &pods[2].0, &target);
     let quiet = stream(&pods[0].0, &target, "12");
-    let unread = udp_counter(&pods[1].0, "RcvbufErrors");
+    let unread = snmp(&pods[1].0, "Udp:", "RcvbufErrors");
     let fired = std::thread::spawn({
         let (from, to) = (pods[0].0.clone(), target.clone());
         move || stream(&from, &to, "12")
@@ -182,7 +175,7 @@ fn a_thousand_swaps_of_policy_lose_nothing_and_open_nothing() {
     let took = start.elapsed();
     let loud = fired.join().unwrap();
     // What reached the pod and was not read in time there is no loss of the switch.
-    let unread = udp_counter(&pods[1].0, "RcvbufErrors") - unread;
+    let unread = snmp(&pods[1].0, "Udp:", "RcvbufErrors") - unread;
     println!(
         "{swaps} swaps in {took:.1?}, the slowest live after {slowest:.1?}; UDP lost {} of {} in quiet, {} of {} meanwhile, {unread} of them in the pod's socket",
         quiet.1, quiet.0, loud.1, loud.0
