@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use vswitch_control::{Attached, Backend, FlowSample, OffloadSample, Own, WorkerSample};
 use vswitch_dataplane::connection::Connections;
+use vswitch_link::LinkState;
 use vswitch_net::PortId;
 use vswitch_xsk::{
     AttachedProgram, BoundSocket, CopyMode, FastPath, FastTarget, Programs, Role, Vtep, XdpMode, XdpPreference,
@@ -47,6 +48,8 @@ enum Offload {
 #[derive(Debug)]
 struct AttachedLink {
     ifindex: u32,
+    /// What the link had lost when it was first looked at, and has lost now.
+    lost: Option<(u64, u64)>,
     program: AttachedProgram,
 }
 
@@ -113,6 +116,16 @@ impl Links {
             fast_path.set_target(port, target);
         }
         is_lost
+    }
+
+    /// Takes note of what links have lost: of what the kernel forwards nobody else tells.
+    pub(crate) fn set_losses(&mut self, all: &[LinkState]) {
+        for link in self.attached.values_mut() {
+            if let Some(state) = all.iter().find(|state| state.ifindex == link.ifindex) {
+                let (before, _) = link.lost.unwrap_or((state.tx_dropped, 0));
+                link.lost = Some((before, state.tx_dropped));
+            }
+        }
     }
 
     /// The programs, loaded if they are not yet. An offload that cannot be does not keep them from it.
@@ -198,7 +211,7 @@ impl Links {
         for (worker, sockets) in self.workers.iter().zip(sockets) {
             worker.insert(port, sockets);
         }
-        self.attached.insert(port, AttachedLink { ifindex, program });
+        self.attached.insert(port, AttachedLink { ifindex, lost: None, program });
         Ok(attached)
     }
 
@@ -275,7 +288,7 @@ impl Backend for Links {
             Offload::Wanted(_) => None,
             Offload::On(fast_path) => Some(fast_path),
             Offload::Failed(error) => {
-                return Some(OffloadSample { problem: Some(error.clone()), without: Vec::new() });
+                return Some(OffloadSample { problem: Some(error.clone()), ..OffloadSample::default() });
             }
         };
         let reason = |port: PortId, link: &AttachedLink| {
@@ -289,7 +302,12 @@ impl Backend for Links {
         }
         };
         let without = self.attached.iter().filter_map(|(&port, link)| Some((port, reason(port, link)?)));
-        Some(OffloadSample { problem: None, without: without.collect() })
+        let lost = self.attached.values().filter_map(|link| link.lost);
+        Some(OffloadSample {
+            problem: None,
+            lost: lost.map(|(before, now)| now.saturating_sub(before)).sum(),
+            without: without.collect(),
+        })
     }
 
     fn connections(&self) -> &Connections {

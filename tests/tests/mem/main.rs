@@ -6,6 +6,7 @@ mod bad_input;
 mod bridged;
 mod connections;
 mod control;
+mod fastpath;
 mod floors;
 mod forged;
 mod groups;

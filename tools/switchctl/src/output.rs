@@ -295,10 +295,13 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
 }
 
 fn print_offload(out: &mut impl Write, offload: &OffloadInfo) -> io::Result<()> {
-    let OffloadInfo { state, flows, capacity, refused, packets, without } = offload;
+    let OffloadInfo { state, flows, capacity, refused, packets, lost, without } = offload;
     write!(out, "offload: {state}, {flows} of {capacity} flows, {packets} packets forwarded in the kernel")?;
     if *refused > 0 {
         write!(out, "; {refused} times there was no room for a flow: raise worker.offload_flows")?;
+    }
+    if *lost > 0 {
+        write!(out, "; {lost} packets lost by links whose other ends take them too slowly")?;
     }
     writeln!(out)?;
     without.iter().try_for_each(|link| writeln!(out, "  without {}: {}", link.link, link.reason))

@@ -69,6 +69,10 @@ fn print_worker(out: &mut impl Write, perf: &PerfInfo) -> io::Result<()> {
         perf.packets as f64 / seconds.max(1e-9) / 1e6,
         percent(perf.flow_hits, lookups)
     )?;
+    if perf.offloaded > 0 {
+        let rate = perf.offloaded as f64 / seconds.max(1e-9) / 1e6;
+        writeln!(out, "  {} more were forwarded in the kernel, {rate:.3} Mpps", perf.offloaded)?;
+    }
     if perf.timed_packets > 0 && perf.cycles > 0 {
         let ns_a_cycle = all_ns as f64 / perf.cycles as f64;
         let all: u64 = perf.stages.iter().map(|stage| stage.cycles).sum();
@@ -127,6 +131,7 @@ mod tests {
             asleep_ns: 100_000_000,
             cycles: 2_000_000_000,
             packets: 640,
+            offloaded: 2_000_000,
             flow_hits: 630,
             flow_misses: 10,
             bursts: vec![0, 0, 0, 0, 0, 0, 10],
@@ -140,6 +145,7 @@ mod tests {
         for part in [
             "worker 0, core 1, 1.00 s: busy 75.0 %, idle 15.0 %, asleep 10.0 %",
             "640 packets, 0.001 Mpps; 98.4 % of flow lookups hit",
+            "2000000 more were forwarded in the kernel, 2.000 Mpps",
             "64.0 packets a burst; bursts of 64: 100.0 %",
             "worker 0, not pinned, 0.00 s: busy -",
         ] {

@@ -51,8 +51,11 @@ pub struct PerfInfo {
     pub turns: u64,
     /// Times it slept.
     pub sleeps: u64,
-    /// Packets received.
+    /// Packets received, without those that the kernel forwarded.
     pub packets: u64,
+    /// Packets that the kernel forwarded.
+    #[serde(default)]
+    pub offloaded: u64,
     /// Flow lookups that hit.
     pub flow_hits: u64,
     /// Flow lookups that missed.
@@ -97,6 +100,7 @@ impl PerfInfo {
             turns: self.turns.saturating_sub(earlier.turns),
             sleeps: self.sleeps.saturating_sub(earlier.sleeps),
             packets: self.packets.saturating_sub(earlier.packets),
+            offloaded: self.offloaded.saturating_sub(earlier.offloaded),
             flow_hits: self.flow_hits.saturating_sub(earlier.flow_hits),
             flow_misses: self.flow_misses.saturating_sub(earlier.flow_misses),
             bursts: less(&self.bursts, &earlier.bursts),

@@ -176,6 +176,8 @@ pub struct OffloadInfo {
     pub refused: u64,
     /// Packets that the kernel forwarded.
     pub packets: u64,
+    /// Packets that links lost on their way out, forwarded by whomever: their other ends took them too slowly.
+    pub lost: u64,
     /// Links that take no part.
     pub without: Vec<OffloadLinkInfo>,
 }

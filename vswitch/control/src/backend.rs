@@ -61,6 +61,8 @@ pub struct WorkerSample {
 pub struct OffloadSample {
     /// Why nothing is offloaded, if so.
     pub problem: Option<String>,
+    /// Packets that ports' links lost.
+    pub lost: u64,
     /// Ports that take no part, each with why.
     pub without: Vec<(PortId, String)>,
 }

@@ -178,6 +178,7 @@ impl Control {
             capacity: states().map(|state| state.capacity).sum(),
             refused: states().map(|state| state.refused).sum(),
             packets: workers.iter().map(|worker| worker.counters.offloaded).sum(),
+            lost: sample.lost,
             without: sample.without.into_iter().map(link).collect(),
         }
     }

@@ -7,6 +7,8 @@
 //!                                        \--miss--> decide: spoof, learn, route/FDB --/
 //! ```
 //!
+//! A flow that has been looked up a few times may be handed to the kernel, where allowed: `fastpath`.
+//!
 //! [`Worker::turn`] is given the time and a [`Snapshot`]; it polls its ports, and runs each burst through
 //! [`mod@parse`], [`table::flow`], [`mod@decide`] and [`mod@egress`]. Time is an argument and ports are a trait, so the
 //! same code runs over AF_XDP in the daemon and over memory in tests and benches.

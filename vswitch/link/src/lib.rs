@@ -91,6 +91,8 @@ pub struct LinkState {
     pub rx_queues: u32,
     /// True for a veth.
     pub is_veth: bool,
+    /// Packets that were sent to it and lost there: of a veth, because the other end takes them too slowly.
+    pub tx_dropped: u64,
     /// The bridge or bond that it is part of.
     pub master: Option<u32>,
     /// `vlan`, `bond`, ... as the kernel names the kind of a link that is no plain device.
@@ -249,6 +251,7 @@ fn link_state(message: &LinkMessage) -> LinkState {
         is_up: message.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
         rx_queues: 1,
         is_veth: false,
+        tx_dropped: 0,
         master: None,
         kind: None,
     };
@@ -262,6 +265,7 @@ fn link_state(message: &LinkMessage) -> LinkState {
             }
             LinkAttribute::Mtu(mtu) => state.mtu = *mtu,
             LinkAttribute::NumRxQueues(queues) => state.rx_queues = *queues,
+            LinkAttribute::Stats64(stats) => state.tx_dropped = stats.tx_dropped,
             LinkAttribute::Controller(index) => state.master = Some(*index),
             LinkAttribute::LinkInfo(infos) => {
                 state.kind = infos.iter().find_map(|info| match info {

@@ -41,6 +41,9 @@ impl Daemon {
         if !self.links.borrow().is_offloading() {
             return;
         }
+        if let Ok(all) = self.kernel.links().await {
+            self.links.borrow_mut().set_losses(&all);
+        }
         let links = self.links.borrow().ifindexes();
         let targets = self.kernel.redirect_targets(&links).await;
         if self.links.borrow().set_targets(&targets) {
