@@ -13,8 +13,9 @@ use super::systems::{Site, System, Topology, pktgen};
 /// Flows of the cases that are not about their number.
 const FLOWS: u32 = 10_000;
 
-/// Steps of the search for a rate without loss, and how long each lasts.
+/// Steps of the search for a rate without loss; how many trials of a rate must fail one after another, and how long each lasts.
 const SEARCH_STEPS: u32 = 8;
+const TRIALS: usize = 3;
 const TRIAL_SECONDS: f64 = 1.0;
 
 /// Rate of the cases that are about the cost of a packet, and not about how many pass.
@@ -371,7 +372,13 @@ fn no_drop(site: &Site) -> anyhow::Result<Vec<Figure>> {
         let mut passed: f64 = 0.0;
         for _ in 0..SEARCH_STEPS {
             let rate = (good + bad) / 2.0;
-            let trial = try_rate(site, rate as u64)?;
+            let mut trial = try_rate(site, rate as u64)?;
+            // On a machine that others use too, one pause of it is no limit of the switch.
+            for _ in 1..TRIALS {
+                if trial.loss > tolerated {
+                    trial = try_rate(site, rate as u64)?;
+                }
+            }
             let is_good = trial.loss <= tolerated;
             if is_good {
                 // What really passed, and not what was asked for.

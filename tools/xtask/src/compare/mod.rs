@@ -23,7 +23,7 @@ const PREFIX: &str = "vswcmp";
 /// What to compare.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Only cases whose name begins like this; `--list` prints all. May be given several times.
+    /// Only the case of this name, or those whose names begin like this; `--list` prints all. May be given several times.
     #[arg(long)]
     case: Vec<String>,
     /// Only these systems. May be given several times.
@@ -142,12 +142,17 @@ fn build(system: System, topology: Topology) -> anyhow::Result<Site> {
 
 fn chosen_cases(names: &[String]) -> anyhow::Result<Vec<Case>> {
     let mut cases = Case::all();
+    let is_whole = |name: &String| Case::all().iter().any(|case| case.name() == *name);
+    let means = |name: &String, case: &Case| match is_whole(name) {
+        true => case.name() == *name,
+        false => case.name().starts_with(name.as_str()),
+    };
     for name in names {
-        if !cases.iter().any(|case| case.name().starts_with(name.as_str())) {
+        if !cases.iter().any(|case| means(name, case)) {
             bail!("--case {name}: no case begins like that; `cargo xtask compare --list` prints all");
         }
     }
-    cases.retain(|case| names.is_empty() || names.iter().any(|name| case.name().starts_with(name.as_str())));
+    cases.retain(|case| names.is_empty() || names.iter().any(|name| means(name, case)));
     Ok(cases)
 }
 
