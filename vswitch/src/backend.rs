@@ -112,7 +112,7 @@ impl Links {
             let ifindex = link.ifindex;
             let takes_frags = targets.get(&ifindex).filter(|_| link.program.is_fast());
             let target = takes_frags.map(|&takes_frags| FastTarget { ifindex, takes_frags });
-            is_lost |= target.is_none() && fast_path.target(port).is_some();
+            is_lost |= fast_path.target(port).is_some_and(|known| target != Some(known));
             fast_path.set_target(port, target);
         }
         is_lost
@@ -131,12 +131,11 @@ impl Links {
     /// The programs, loaded if they are not yet. An offload that cannot be does not keep them from it.
     fn load(&mut self) -> Result<&mut Programs, String> {
         if self.programs.is_none() {
-            let now_ns = self.start.elapsed().as_nanos() as u64;
             let wanted = if let Offload::Wanted(flows) = self.offload { Some(flows) } else { None };
-            let (programs, fast_path) = match Programs::load(wanted, self.seed, now_ns) {
+            let (programs, fast_path) = match Programs::load(wanted, self.seed, self.start) {
                 Err(error) if wanted.is_some() => {
                     self.offload = Offload::Failed(error.to_string());
-                    Programs::load(None, self.seed, now_ns).map_err(|error| error.to_string())?
+                    Programs::load(None, self.seed, self.start).map_err(|error| error.to_string())?
                 }
                 loaded => loaded.map_err(|error| error.to_string())?,
             };

@@ -151,13 +151,31 @@ fn a_flow_is_offered_counted_renewed_and_forgotten() {
 
     // One that is not renewed is forgotten, and its last packets are counted.
     kernel.forward(1, frame.len() as u64);
-    (0..400).for_each(|_| {
+    (0..500).for_each(|_| {
         switch.pass(20_000_000);
         switch.settle();
     });
     assert_eq!(kernel.only(), None);
     assert_eq!(kernel.state().freed.len(), 1);
     assert_eq!(switch.counters().offloaded, 1001);
+
+    // Another flow takes its place in the kernel; when it comes back both are there, and neither disturbs the other.
+    let ends = Ends { from: mac(1), to: GATEWAY_MAC };
+    let second = udp_with(ends, "10.1.0.11", "10.1.0.12", (7, 7), 64, b"hello");
+    send(&mut switch, &one, &second, PACKETS);
+    assert!(
+        !switch
+            .backend
+            .worker
+            .flows(0, 10)
+            .iter()
+            .any(|flow| flow.entry.key.fields().ports.source == 1000 && flow.is_offloaded)
+    );
+    send(&mut switch, &one, &frame, PACKETS * 2);
+    let live = kernel.state().slots.values().filter(|slot| slot.stamp.is_some()).count();
+    assert_eq!(live, 2);
+    assert!(switch.backend.worker.flows(0, 10).iter().all(|flow| flow.is_offloaded));
+    assert_eq!(switch.backend.worker.fast_state().unwrap().flows, 2);
 }
 
 #[test]

@@ -14,7 +14,7 @@
 //!
 //! # Cost
 //!
-//! One comparison a hit, and some stores an offer. Counters are read in turn, all of them once a second.
+//! One comparison a hit, and some stores an offer. Counters are read in turn, all of them every second or two.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -103,7 +103,8 @@ pub(crate) struct Fast {
     vacant: Vec<u32>,
     live: usize,
     /// Slots whose flows are gone, and since when.
-    resting: VecDeque<(u64, Resting)>,
+    /// None until the next harvest tells the time.
+    resting: VecDeque<(Option<u64>, Resting)>,
     /// Where the next harvest begins, and when.
     cursor: usize,
     next_ns: u64,
@@ -129,6 +130,8 @@ struct Books {
     egress: PortId,
     /// Bytes that a packet has more as it leaves.
     more: i64,
+    /// Bytes of the headers that it comes in.
+    outer: u64,
     counted: FastCounts,
 }
 
@@ -178,9 +181,14 @@ impl Fast {
     pub(crate) fn offer(&mut self, flows: &mut FlowTable, at: usize, meta: &Meta, snapshot: &Snapshot, now_ns: u64) {
         let entry = flows.shortcut(at, now_ns);
         if let Some(place) = flows.place(at) {
-            if let Some(held) = self.held.get(place as usize).and_then(Option::as_ref) {
-                self.io.follow(held.slot, entry.seq);
+            match self.held.get(place as usize).and_then(Option::as_ref) {
+                Some(held) if held.books.entry == meta.key => return self.io.follow(held.slot, entry.seq),
+                // What was there is another's now, or nobody's.
+                _ => flows.set_place(at, None),
             }
+        }
+        if self.vacant.is_empty() {
+            self.refused += 1;
             return;
         }
         let Some((key, flow, mut books)) = self.plan(meta, &entry.action, entry.window_bits, snapshot) else { return };
@@ -189,7 +197,7 @@ impl Fast {
             return;
         }
         let stamp = FastStamp { generation: snapshot.generation, expires_ns: entry.expires_ns, seq: entry.seq };
-        let Some(slot) = self.vacant.last().and_then(|_| self.io.insert(&key, &flow, stamp)) else {
+        let Some(slot) = self.io.insert(&key, &flow, stamp) else {
             self.refused += 1;
             return;
         };
@@ -206,17 +214,15 @@ impl Fast {
         let Some(place) = flows.place(at) else { return };
         let entry = flows.shortcut(at, now_ns);
         let plan = self.plan(meta, &entry.action, entry.window_bits, snapshot);
-        let Some(held) = self.held.get_mut(place as usize).and_then(Option::as_mut) else { return };
+        let held = self.held.get_mut(place as usize).and_then(Option::as_mut);
+        let Some(held) = held.filter(|held| held.books.entry == meta.key) else { return flows.set_place(at, None) };
         match plan {
-            Some((key, flow, _)) if (key, flow) == (held.key, held.flow) && held.books.entry == meta.key => {
+            Some((key, flow, _)) if (key, flow) == (held.key, held.flow) => {
                 held.expires_ns = entry.expires_ns;
                 let stamp = FastStamp { generation: snapshot.generation, expires_ns: entry.expires_ns, seq: entry.seq };
                 self.io.renew(held.slot, stamp);
             }
-            _ => {
-                self.forget(place, now_ns);
-                flows.set_place(at, None);
-            }
+            _ => self.forget(place, flows, now_ns),
         }
     }
 
@@ -228,10 +234,12 @@ impl Fast {
         }
     }
 
-    /// Ends a flow: its connection begins anew.
+    /// Ends the flow `key`, if it is at `place`: its connection begins anew, or its flow entry makes room for another.
     #[cold]
-    pub(crate) fn end(&mut self, place: u32, now_ns: u64) {
-        self.forget(place, now_ns);
+    pub(crate) fn end(&mut self, place: u32, key: &FlowKey, flows: &mut FlowTable, now_ns: u64) {
+        if self.held.get(place as usize).and_then(Option::as_ref).is_some_and(|held| held.books.entry == *key) {
+            self.forget(place, flows, now_ns);
+        }
     }
 
     /// Reads some of the counters, if it is time, and forgets flows that have ended.
@@ -243,7 +251,11 @@ impl Fast {
         let end = (self.cursor + self.held.len().div_ceil(HARVEST_TURNS)).min(self.held.len());
         self.read(self.cursor..end, flows, counters, now_ns);
         self.cursor = if end == self.held.len() { 0 } else { end };
-        while let Some(&(since_ns, resting)) = self.resting.front()
+        // In order, but for those that are stamped now.
+        for (since_ns, _) in self.resting.iter_mut().rev().take_while(|(since_ns, _)| since_ns.is_none()) {
+            *since_ns = Some(now_ns);
+        }
+        while let Some(&(Some(since_ns), resting)) = self.resting.front()
             && now_ns >= since_ns + FastTable::REST_NS
         {
             self.resting.pop_front();
@@ -262,16 +274,21 @@ impl Fast {
     }
 
     /// Forgets all flows from and to a port.
+    ///
+    /// Who takes a port away has no clock: what is forgotten rests from the next harvest on.
     pub(crate) fn forget_port(&mut self, port: PortId, flows: &mut FlowTable, counters: &mut Counters) {
-        // The time of the last harvest is near enough; a slot rests from the next one on.
-        let now_ns = self.next_ns;
+        if self.live == 0 {
+            return;
+        }
+        let (now_ns, known) = (self.next_ns, self.resting.len());
         self.harvest_all(flows, counters, now_ns);
         for place in 0..self.held.len() {
             let is_its = |held: &Held| held.books.ingress == port || held.books.egress == port;
             if self.held[place].as_ref().is_some_and(is_its) {
-                self.forget(place as u32, now_ns);
+                self.forget(place as u32, flows, now_ns);
             }
         }
+        self.resting.range_mut(known..).for_each(|(since_ns, _)| *since_ns = None);
     }
 
     fn read(&mut self, places: std::ops::Range<usize>, flows: &mut FlowTable, counters: &mut Counters, now_ns: u64) {
@@ -282,15 +299,19 @@ impl Fast {
             let Some(held) = &mut self.held[place] else { continue };
             held.books.settle(self.io.counts(held.slot), Some(flows), counters, now_ns);
             if now_ns >= held.expires_ns + FORGET_NS {
-                self.forget(place as u32, now_ns);
+                self.forget(place as u32, flows, now_ns);
             }
         }
     }
 
-    fn forget(&mut self, place: u32, now_ns: u64) {
+    fn forget(&mut self, place: u32, flows: &mut FlowTable, now_ns: u64) {
         let Some(held) = self.held.get_mut(place as usize).and_then(Option::take) else { return };
+        let Books { entry, hash, .. } = held.books;
+        if let Some(at) = flows.find_exact(&entry, hash).filter(|&at| flows.place(at) == Some(place)) {
+            flows.set_place(at, None);
+        }
         self.io.stop(held.slot);
-        self.resting.push_back((now_ns, Resting { slot: held.slot, books: held.books }));
+        self.resting.push_back((Some(now_ns), Resting { slot: held.slot, books: held.books }));
         self.vacant.push(place);
         self.live -= 1;
     }
@@ -337,9 +358,11 @@ impl Fast {
             }
             Output::Encap { .. } | Output::Deny(_) => return None,
         };
+        let fields = meta.key.fields();
         let rewrite = |rewrite: Rewrite| (rewrite.destination, rewrite.source);
         let flow = FastFlow {
-            macs: (meta.destination, meta.source),
+            // As in the packet, and not as parsing reads another address of the router.
+            macs: (fields.destination_mac, fields.source_mac),
             rewrite: action.rewrite.map(rewrite),
             max_bytes: max_bytes as u32,
             window_bits: (window_bits != NO_WINDOW).then_some(window_bits),
@@ -349,13 +372,14 @@ impl Fast {
             outer,
             to: self.io.target(egress)?,
         };
+        let came_in = if meta.peer.is_some() { OUTER_BYTES } else { 0 };
         let books = Books {
             entry: meta.key,
             hash: meta.hash,
             ingress: meta.ingress,
             egress,
-            more: if outer.is_some() { OUTER_BYTES as i64 } else { 0 }
-                - if meta.peer.is_some() { OUTER_BYTES as i64 } else { 0 },
+            more: if outer.is_some() { OUTER_BYTES as i64 } else { 0 } - came_in as i64,
+            outer: came_in as u64,
             counted: FastCounts::default(),
         };
         Some((key_of(meta, vxlan), flow, books))
@@ -367,9 +391,11 @@ impl Books {
     fn settle(&mut self, now: FastCounts, flows: Option<&mut FlowTable>, counters: &mut Counters, now_ns: u64) {
         let packets = now.packets.wrapping_sub(self.counted.packets);
         let bytes = now.bytes.wrapping_sub(self.counted.bytes);
+        // The programs count bytes first: those of a packet that is not counted yet are left for the next time.
         if packets == 0 {
             return;
         }
+        let is_new_seq = now.seq != self.counted.seq;
         self.counted = now;
         counters.offloaded += packets;
         if let Some(port) = counters.port_mut(self.ingress) {
@@ -378,10 +404,12 @@ impl Books {
         }
         if let Some(port) = counters.port_mut(self.egress) {
             port.tx_packets += packets;
-            port.tx_bytes += bytes.wrapping_add_signed(self.more * packets as i64);
+            port.tx_bytes = port.tx_bytes.wrapping_add_signed(bytes as i64 + self.more * packets as i64);
         }
         if let Some(flows) = flows {
-            flows.count(&self.entry, self.hash, packets, bytes, now.seq, now_ns);
+            // A flow's bytes are those inside.
+            let inner = bytes.wrapping_sub(self.outer * packets);
+            flows.count(&self.entry, self.hash, packets, inner, is_new_seq.then_some(now.seq), now_ns);
         }
     }
 }

@@ -472,7 +472,7 @@ impl<P: PortIo> Worker<P> {
                     && let Some(place) = flows.forget(&flow, meta.hash)
                     && let Some(fast) = fast
                 {
-                    fast.end(place, now_ns);
+                    fast.end(place, &flow, flows, now_ns);
                 }
                 let Some((action, admitted)) = miss.decide(&mut slot.packet, &mut out, events) else { continue };
                 slot.action = action;
@@ -481,6 +481,9 @@ impl<P: PortIo> Worker<P> {
                     let leaves_as = admitted.leaves_as.as_ref();
                     let at = flows.insert(meta.hash, &probe, action, leaves_as, admitted.window_bits);
                     if let Some(fast) = fast {
+                        if let Some((place, evicted)) = flows.take_evicted() {
+                            fast.end(place, &evicted, flows, now_ns);
+                        }
                         fast.renew(flows, at, meta, snapshot, now_ns);
                     }
                 }

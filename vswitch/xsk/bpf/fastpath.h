@@ -2,7 +2,7 @@
  *
  * The switch writes what becomes of a flow (xsk/src/fastpath.rs); here it is done if the packet is like those that were
  * judged, and nothing about it is unusual. All else is left as it is, for the poll loop: what opens or closes a
- * connection, fragments, options, damage, other sizes, and a checksum that is left to the device where packets may be too
+ * connection, fragments, options of IP, damage, other sizes, and a checksum that is left to the device where packets may be too
  * large to be summed here. A flow holds for one generation, which the switch counts up with every change, and for some
  * seconds.
  */
@@ -260,7 +260,7 @@ static __always_inline __u64 hash_of(const __u64 *key, __u64 seed)
  *
  * What is compared is read after the generation, whatever the processor would like to do: its address depends on it.
  */
-static __always_inline int is_flow(const struct flow *flow, const __u64 *key, __u32 generation)
+static __always_inline int is_flow(const struct flow *flow, const __u64 *key, __u32 generation, __u64 now)
 {
 	__u64 zero = *(volatile __u32 *)&flow->generation, different = 0;
 
@@ -271,7 +271,7 @@ static __always_inline int is_flow(const struct flow *flow, const __u64 *key, __
 #pragma unroll
 	for (int i = 0; i < KEY_WORDS; i++)
 		different |= flow->key[i] ^ key[i];
-	return !different;
+	return !different && flow->expires_ns > now;
 }
 
 /* The flow that a packet is of, if it may be forwarded by it. */
@@ -281,6 +281,7 @@ static __always_inline struct flow *find_flow(const struct flow_key *packet, con
 	struct flow *flow = 0;
 	struct bucket *bucket;
 	struct table *table;
+	__u64 now = bpf_ktime_get_coarse_ns();
 	__u32 zero = 0, place;
 
 	table = bpf_map_lookup_elem(&TABLE, &zero);
@@ -292,11 +293,11 @@ static __always_inline struct flow *find_flow(const struct flow_key *packet, con
 		return 0;
 #pragma unroll
 	for (int i = 0; i < WAYS; i++)
-		if (is_flow(&bucket->ways[i], key, table->generation)) {
+		if (is_flow(&bucket->ways[i], key, table->generation, now)) {
 			flow = &bucket->ways[i];
 			break;
 		}
-	if (!flow || flow->expires_ns <= bpf_ktime_get_coarse_ns())
+	if (!flow)
 		return 0;
 	if (flow->match_macs != read64(at) || flow->match_rest != read32(at + 8) || bytes > flow->max_bytes)
 		return 0;
@@ -377,7 +378,7 @@ static __always_inline void write_outer(void *at, const struct flow *flow, __u32
 	udp->len = be16(inner + OUTER_BYTES - ETH_HLEN - sizeof(*ip));
 }
 
-/* Forwards the packet whose own Ethernet header is at `at`; -1 if the poll loop has to, and then nothing was changed. */
+/* Forwards the packet whose own Ethernet header is at `at`; -1 if the poll loop has to, and then the packet says what it said. */
 static __always_inline int forward(struct xdp_md *ctx, void *at, const struct arrival *from)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
@@ -426,8 +427,9 @@ static __always_inline int forward(struct xdp_md *ctx, void *at, const struct ar
 	}
 	if (from->vni && bpf_xdp_adjust_head(ctx, OUTER_BYTES))
 		return XDP_DROP;
-	__sync_fetch_and_add(&flow->packets, 1);
+	/* Who has read the packets finds their bytes. */
 	__sync_fetch_and_add(&flow->bytes, bytes);
+	__sync_fetch_and_add(&flow->packets, 1);
 	return bpf_redirect(flow->ifindex, 0);
 }
 
@@ -442,7 +444,8 @@ static __always_inline int forward_inner(struct xdp_md *ctx, void *at, __u32 por
 
 	if ((void *)(vxlan + 2) > end || *(__u8 *)ip != 0x45 || header_sum(ip) != 0xffff)
 		return -1;
-	if (at + be16(ip->tot_len) != end || be16(udp->len) != be16(ip->tot_len) - sizeof(*ip))
+	/* Of one frame, as it is on a wire. */
+	if (at + be16(ip->tot_len) != end || bpf_xdp_get_buff_len(ctx) != end - (void *)(long)ctx->data || be16(udp->len) != be16(ip->tot_len) - sizeof(*ip))
 		return -1;
 	/* The VNI flag, and no other. */
 	if (vxlan[0] != __builtin_bswap32(0x08000000))

@@ -14,9 +14,9 @@
 //! # Thread-safety
 //!
 //! A slot belongs to the worker that claimed it, who alone writes key, action and stamp; the programs only add to the
-//! counters and store newer sequence numbers. A slot that is not stopped is never changed but for its stamp. A stopped one
-//! rests for [`FastTable::REST_NS`] until it may be claimed anew: no program that had found it runs that long. The stamp is
-//! stored last, with release; the programs read it first, and what they read next depends on it. All shared words are atomics.
+//! counters and store newer sequence numbers. A slot that is not stopped is never changed but for its stamp and the sequence
+//! number. A stopped one rests for [`FastTable::REST_NS`] until it may be claimed anew: programs run for a microsecond and are
+//! not put aside, but the machine below may be. The stamp is stored last, with release; the programs read it first, and what they read next depends on it. All shared words are atomics.
 //!
 //! # Cost
 //!
@@ -31,6 +31,7 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use aya::maps::MapData;
 use vswitch_net::{MacAddr, PortId};
@@ -63,7 +64,7 @@ const FLAG_FRAGS: u32 = 16;
 /// Largest frame whose checksum the programs can complete.
 pub const MAX_SUM: u32 = 3584;
 
-/// A generation that is never in force: the switch counts from one.
+/// A generation that is never in force: zero and one are both told as one.
 const STOPPED: u32 = 0;
 
 /// What the packets of a flow look like. Ports and addresses as on the wire; IPv4 in the first four bytes.
@@ -182,13 +183,13 @@ pub(crate) fn buckets_for(flows: u32) -> u32 {
 }
 
 impl FastPath {
-    /// Over the maps `FLOWS` and `TABLE` of the programs, which are given the `seed` of the hash; `now_ns` is the daemon's
-    /// clock.
+    /// Over the maps `FLOWS` and `TABLE` of the programs, which are given the `seed` of the hash; `start` is where the daemon's
+    /// clock began.
     ///
     /// # Errors
     ///
     /// Those of `mmap(2)`.
-    pub(crate) fn new(flows: &MapData, table: &MapData, seed: u64, now_ns: u64) -> io::Result<FastPath> {
+    pub(crate) fn new(flows: &MapData, table: &MapData, seed: u64, start: Instant) -> io::Result<FastPath> {
         let buckets = flows.info().map_err(io::Error::other)?.max_entries();
         let slots = buckets as usize * WAYS;
         let shared = Shared {
@@ -198,7 +199,7 @@ impl FastPath {
             mask: buckets - 1,
             seed,
             targets: (0..=u16::MAX).map(|_| AtomicU64::new(0)).collect(),
-            behind_ns: sys::monotonic_ns().saturating_sub(now_ns),
+            behind_ns: sys::monotonic_ns().saturating_sub(start.elapsed().as_nanos() as u64),
         };
         shared.table.word(1).store(seed, Ordering::Relaxed);
         let fast_path = FastPath { shared: Arc::new(shared) };
@@ -231,7 +232,7 @@ impl FastPath {
 
 impl FastTable {
     /// How long a slot rests after its flow was stopped, until it may be another's.
-    pub const REST_NS: u64 = 20_000_000;
+    pub const REST_NS: u64 = 2_000_000_000;
 
     /// How many flows it may have.
     pub fn capacity(&self) -> usize {
@@ -282,8 +283,10 @@ impl FastTable {
 
     /// What a flow has forwarded since it was inserted.
     pub fn counts(&self, slot: u32) -> FastCounts {
+        // Packets first: the programs count their bytes before them.
+        let packets = self.shared.word(slot, PACKETS).load(Ordering::Acquire);
         let word = |at| self.shared.word(slot, at).load(Ordering::Relaxed);
-        FastCounts { packets: word(PACKETS), bytes: word(BYTES), seq: first(word(SEQ)) }
+        FastCounts { packets, bytes: word(BYTES), seq: first(word(SEQ)) }
     }
 
     /// Gives a slot back that was stopped and has [rested](Self::REST_NS).

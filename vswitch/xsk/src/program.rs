@@ -5,6 +5,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Instant;
 use std::{fmt, io};
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
@@ -137,12 +138,16 @@ struct Prefixes {
 
 impl Programs {
     /// Loads the programs. With `fast_flows`, links may forward so many flows by themselves; without, the fast path is there
-    /// and has no room. `seed` is a secret for their hash, `now_ns` the daemon's clock.
+    /// and has no room. `seed` is a secret for their hash, `start` the beginning of the daemon's clock.
     ///
     /// # Errors
     ///
     /// Each tells what to do; nothing is left behind.
-    pub fn load(fast_flows: Option<u32>, seed: u64, now_ns: u64) -> Result<(Programs, Option<FastPath>), ProgramError> {
+    pub fn load(
+        fast_flows: Option<u32>,
+        seed: u64,
+        start: Instant,
+    ) -> Result<(Programs, Option<FastPath>), ProgramError> {
         let buckets = fast_flows.map_or(1, buckets_for);
         // No kernel BTF: the programs read packets and maps only.
         let mut ebpf =
@@ -159,7 +164,7 @@ impl Programs {
                     Some(Map::Array(data)) => Ok(data),
                     _ => Err(ProgramError::Missing(name)),
                 };
-                let fast_path = FastPath::new(map("FLOWS")?, map("TABLE")?, seed, now_ns);
+                let fast_path = FastPath::new(map("FLOWS")?, map("TABLE")?, seed, start);
                 Some(fast_path.map_err(ProgramError::FastPath)?)
             }
         };

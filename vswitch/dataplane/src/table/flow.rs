@@ -101,6 +101,8 @@ pub struct FlowTable {
     translations: Box<[[u64; 5]]>,
     /// Which entries are forwarded in the kernel too: one more than their place there. Empty if none ever is.
     places: Box<[u32]>,
+    /// One of these that made room for another flow.
+    evicted: Option<(u32, FlowKey)>,
     mask: usize,
 }
 
@@ -143,6 +145,7 @@ impl FlowTable {
             // Of zeros that the kernel gives when they are written to: most workers never translate.
             translations: vec![[0; 5]; entries].into_boxed_slice(),
             places: Box::default(),
+            evicted: None,
             mask: entries / WAYS - 1,
         }
     }
@@ -150,6 +153,11 @@ impl FlowTable {
     /// Makes room to note which entries are forwarded in the kernel.
     pub(crate) fn open_places(&mut self) {
         self.places = vec![0; self.entries.len()].into_boxed_slice();
+    }
+
+    /// A flow that made room for the one that was inserted last, and where in the kernel it was, if it was.
+    pub(crate) fn take_evicted(&mut self) -> Option<(u32, FlowKey)> {
+        self.evicted.take()
     }
 
     /// Where in the kernel the flow at `at` is, if it is.
@@ -179,11 +187,13 @@ impl FlowTable {
     }
 
     /// Counts packets of a flow that were forwarded in the kernel, if it is still here.
-    pub(crate) fn count(&mut self, key: &FlowKey, hash: u64, packets: u64, bytes: u64, seq: u32, now_ns: u64) {
+    /// `seq` is their newest sequence number, however far it has come.
+    pub(crate) fn count(&mut self, key: &FlowKey, hash: u64, packets: u64, bytes: u64, seq: Option<u32>, now_ns: u64) {
         let Some(at) = self.find_exact(key, hash) else { return };
         let entry = &mut self.entries[at];
-        (entry.packets, entry.bytes, entry.used_ns) = (entry.packets + packets, entry.bytes + bytes, now_ns);
-        if entry.window_bits != NO_WINDOW && (seq.wrapping_sub(entry.seq) as i32) > 0 {
+        (entry.packets, entry.bytes) = (entry.packets + packets, entry.bytes.wrapping_add(bytes));
+        entry.used_ns = now_ns;
+        if let Some(seq) = seq.filter(|_| entry.window_bits != NO_WINDOW) {
             entry.seq = seq;
         }
     }
@@ -288,9 +298,8 @@ impl FlowTable {
         let entry = &mut self.entries[at];
         if same.is_none() {
             (entry.packets, entry.bytes) = (0, 0);
-            // Its flow goes on in the kernel until it ends there.
-            if let Some(place) = self.places.get_mut(at) {
-                *place = 0;
+            if let Some(place @ 1..) = self.places.get_mut(at) {
+                self.evicted = Some((std::mem::take(place) - 1, entry.key));
             }
         }
         self.tags[bucket][way] = tag;
