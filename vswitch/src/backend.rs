@@ -29,6 +29,10 @@ pub(crate) struct Links {
     connections: Arc<Connections>,
     xdp: XdpPreference,
     offload: Offload,
+    /// Whether the kernel tells which links XDP can send to; none if it was not asked yet.
+    knows_targets: Option<bool>,
+    /// What links have lost that are detached.
+    lost_before: u64,
     /// A secret for the hash of offloaded flows.
     seed: u64,
     start: Instant,
@@ -53,6 +57,13 @@ struct AttachedLink {
     program: AttachedProgram,
 }
 
+impl AttachedLink {
+    /// Packets that the link has lost since it was attached.
+    fn lost(&self) -> u64 {
+        self.lost.map_or(0, |(before, now)| now.saturating_sub(before))
+    }
+}
+
 /// Most queues of a link: the size of the map in the XDP programs.
 const MAX_QUEUES: u32 = 64;
 
@@ -66,7 +77,18 @@ impl Links {
         start: Instant,
     ) -> Links {
         let offload = offload_flows.map_or(Offload::Off, Offload::Wanted);
-        Links { workers, programs: None, attached: BTreeMap::new(), connections, xdp, offload, seed, start }
+        Links {
+            workers,
+            programs: None,
+            attached: BTreeMap::new(),
+            connections,
+            xdp,
+            offload,
+            knows_targets: None,
+            lost_before: 0,
+            seed,
+            start,
+        }
     }
 
     /// Attaches the uplink with all its queues.
@@ -105,8 +127,15 @@ impl Links {
     }
 
     /// Tells which links XDP can send to. True if one is lost, so that flows there must come back.
-    pub(crate) fn set_targets(&self, targets: &BTreeMap<u32, bool>) -> bool {
+    ///
+    /// Without an answer all stays as it was.
+    pub(crate) fn set_targets(&mut self, targets: Option<&BTreeMap<u32, bool>>) -> bool {
         let Offload::On(fast_path) = &self.offload else { return false };
+        let Some(targets) = targets else {
+            self.knows_targets.get_or_insert(false);
+            return false;
+        };
+        self.knows_targets = Some(true);
         let mut is_lost = false;
         for (&port, link) in &self.attached {
             let ifindex = link.ifindex;
@@ -265,6 +294,7 @@ impl Backend for Links {
     fn detach(&mut self, port: PortId) {
         // The program first: then nothing new comes, and what is on its way finds its sockets still there.
         if let (Some(link), Some(programs)) = (self.attached.remove(&port), &mut self.programs) {
+            self.lost_before += link.lost();
             programs.detach(link.program);
         }
         if let Offload::On(fast_path) = &self.offload {
@@ -301,10 +331,13 @@ impl Backend for Links {
         }
         };
         let without = self.attached.iter().filter_map(|(&port, link)| Some((port, reason(port, link)?)));
-        let lost = self.attached.values().filter_map(|link| link.lost);
+        if self.knows_targets == Some(false) {
+            let problem = "the kernel does not tell which links XDP can send to: it needs the netlink family \"netdev\", Linux 6.3 or newer";
+            return Some(OffloadSample { problem: Some(problem.to_owned()), ..OffloadSample::default() });
+        }
         Some(OffloadSample {
             problem: None,
-            lost: lost.map(|(before, now)| now.saturating_sub(before)).sum(),
+            lost: self.lost_before + self.attached.values().map(AttachedLink::lost).sum::<u64>(),
             without: without.collect(),
         })
     }

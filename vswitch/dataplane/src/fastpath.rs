@@ -101,6 +101,8 @@ pub(crate) struct Fast {
     /// A flow entry knows its place here.
     held: Vec<Option<Held>>,
     vacant: Vec<u32>,
+    /// No place from here on was ever taken.
+    top: usize,
     live: usize,
     /// Slots whose flows are gone, and since when.
     /// None until the next harvest tells the time.
@@ -159,6 +161,7 @@ impl Fast {
             io,
             held: vec![None; capacity],
             vacant: (0..capacity as u32).rev().collect(),
+            top: 0,
             live: 0,
             resting: VecDeque::with_capacity(capacity),
             cursor: 0,
@@ -204,6 +207,7 @@ impl Fast {
         let Some(place) = self.vacant.pop() else { return };
         books.counted.seq = entry.seq;
         self.held[place as usize] = Some(Held { slot, key, flow, expires_ns: entry.expires_ns, books });
+        self.top = self.top.max(place as usize + 1);
         self.live += 1;
         flows.set_place(at, Some(place));
     }
@@ -248,9 +252,9 @@ impl Fast {
             return;
         }
         self.next_ns = now_ns + HARVEST_NS;
-        let end = (self.cursor + self.held.len().div_ceil(HARVEST_TURNS)).min(self.held.len());
+        let end = (self.cursor + self.top.div_ceil(HARVEST_TURNS)).min(self.top);
         self.read(self.cursor..end, flows, counters, now_ns);
-        self.cursor = if end == self.held.len() { 0 } else { end };
+        self.cursor = if end == self.top { 0 } else { end };
         // In order, but for those that are stamped now.
         for (since_ns, _) in self.resting.iter_mut().rev().take_while(|(since_ns, _)| since_ns.is_none()) {
             *since_ns = Some(now_ns);
@@ -267,7 +271,7 @@ impl Fast {
 
     /// Reads all counters.
     pub(crate) fn harvest_all(&mut self, flows: &mut FlowTable, counters: &mut Counters, now_ns: u64) {
-        self.read(0..self.held.len(), flows, counters, now_ns);
+        self.read(0..self.top, flows, counters, now_ns);
         for (_, Resting { slot, books }) in &mut self.resting {
             books.settle(self.io.counts(*slot), None, counters, now_ns);
         }
@@ -282,7 +286,7 @@ impl Fast {
         }
         let (now_ns, known) = (self.next_ns, self.resting.len());
         self.harvest_all(flows, counters, now_ns);
-        for place in 0..self.held.len() {
+        for place in 0..self.top {
             let is_its = |held: &Held| held.books.ingress == port || held.books.egress == port;
             if self.held[place].as_ref().is_some_and(is_its) {
                 self.forget(place as u32, flows, now_ns);

@@ -22,17 +22,20 @@ const CAN_BE_SENT_TO: u64 = 4;
 const TAKES_FRAGS: u64 = 64;
 
 impl Kernel {
-    /// Of some links here, those that XDP can send to, and whether they take packets of several frames; none if the kernel
-    /// does not tell.
-    pub async fn redirect_targets(&self, links: &[u32]) -> BTreeMap<u32, bool> {
-        let Ok((connection, mut handle, _)) = genetlink::new_connection() else { return BTreeMap::new() };
+    /// Of some links here, those that XDP can send to, and whether they take packets of several frames. None if the kernel does
+    /// not tell: it has no such family before Linux 6.3.
+    pub async fn redirect_targets(&self, links: &[u32]) -> Option<BTreeMap<u32, bool>> {
+        let (connection, mut handle, _) = genetlink::new_connection().ok()?;
         let connection = tokio::spawn(connection);
-        let mut targets = BTreeMap::new();
+        let mut targets = Some(BTreeMap::new());
         // Not in one dump: its messages lack the mark that more follow, and readers stop after the first.
         for &ifindex in links {
-            let features = features(&mut handle, ifindex).await.unwrap_or(0);
-            if features & CAN_BE_SENT_TO != 0 {
-                targets.insert(ifindex, features & TAKES_FRAGS != 0);
+            match (features(&mut handle, ifindex).await, &mut targets) {
+                (None, _) => targets = None,
+                (Some(features), Some(targets)) if features & CAN_BE_SENT_TO != 0 => {
+                    targets.insert(ifindex, features & TAKES_FRAGS != 0);
+                }
+                _ => {}
             }
         }
         connection.abort();
@@ -40,6 +43,7 @@ impl Kernel {
     }
 }
 
+/// What XDP can do with a link: nothing, if it is gone. None if there was no answer.
 async fn features(handle: &mut GenetlinkHandle, ifindex: u32) -> Option<u64> {
     let link = DefaultNla::new(DEV_IFINDEX, ifindex.to_ne_bytes().to_vec());
     let mut body = vec![0; link.buffer_len()];
@@ -47,7 +51,7 @@ async fn features(handle: &mut GenetlinkHandle, ifindex: u32) -> Option<u64> {
     let mut message = NetlinkMessage::from(GenlMessage::from_payload(Netdev { command: DEV_GET, body }));
     message.header.flags = NLM_F_REQUEST;
     let answer = handle.request(message).await.ok()?.next().await?.ok()?;
-    let NetlinkPayload::InnerMessage(answer) = answer.payload else { return None };
+    let NetlinkPayload::InnerMessage(answer) = answer.payload else { return Some(0) };
     let mut attributes = NlasIterator::new(&answer.payload.body[..]).filter_map(Result::ok);
     let features = attributes.find(|attribute| attribute.kind() == DEV_XDP_FEATURES)?;
     features.value().try_into().ok().map(u64::from_ne_bytes)

@@ -46,7 +46,8 @@ impl Daemon {
         }
         let links = self.links.borrow().ifindexes();
         let targets = self.kernel.redirect_targets(&links).await;
-        if self.links.borrow().set_targets(&targets) {
+        let is_lost = self.links.borrow_mut().set_targets(targets.as_ref());
+        if is_lost {
             self.control.borrow_mut().invalidate();
         }
     }
