@@ -104,8 +104,7 @@ pub(crate) struct Fast {
     /// No place from here on was ever taken.
     top: usize,
     live: usize,
-    /// Slots whose flows are gone, and since when.
-    /// None until the next harvest tells the time.
+    /// Slots whose flows are gone, and since when; none until a harvest that finds them in front tells the time.
     resting: VecDeque<(Option<u64>, Resting)>,
     /// Where the next harvest begins, and when.
     cursor: usize,
@@ -255,8 +254,8 @@ impl Fast {
         let end = (self.cursor + self.top.div_ceil(HARVEST_TURNS)).min(self.top);
         self.read(self.cursor..end, flows, counters, now_ns);
         self.cursor = if end == self.top { 0 } else { end };
-        // In order, but for those that are stamped now.
-        for (since_ns, _) in self.resting.iter_mut().rev().take_while(|(since_ns, _)| since_ns.is_none()) {
+        // Those of a port that went rest from when they are in front.
+        for (since_ns, _) in self.resting.iter_mut().take_while(|(since_ns, _)| since_ns.is_none()) {
             *since_ns = Some(now_ns);
         }
         while let Some(&(Some(since_ns), resting)) = self.resting.front()
@@ -279,7 +278,7 @@ impl Fast {
 
     /// Forgets all flows from and to a port.
     ///
-    /// Who takes a port away has no clock: what is forgotten rests from the next harvest on.
+    /// Who takes a port away has no clock: what is forgotten rests from a later harvest on.
     pub(crate) fn forget_port(&mut self, port: PortId, flows: &mut FlowTable, counters: &mut Counters) {
         if self.live == 0 {
             return;
