@@ -9,6 +9,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("clang", "compiles the XDP programs"),
     ("llvm", "strips them; libxdp's own build asks for it"),
     ("libelf-dev", "libxdp, under pktgen and the tests"),
+    ("libpcap-dev", "libxdp"),
     ("zlib1g-dev", "libxdp"),
     ("pkg-config", "libxdp"),
     ("m4", "libxdp"),
