@@ -299,11 +299,6 @@ impl WorkerThread {
                     if is_shared { socket.expect_many(umem) } else { socket }
                 };
                 let sockets: Vec<XskSocket> = sockets.into_iter().map(adopt).collect();
-                for socket in &sockets {
-                    // Listens to nothing until the port is parked.
-                    let data = epoll::EventData::new_u64(u64::from(port.0));
-                    let _ = epoll::add(&self.sleeper, socket, data, epoll::EventFlags::ONESHOT);
-                }
                 if let Some(before) = self.worker.insert_port(port, Queues { sockets, turn: 0 }) {
                     self.discard(before);
                 }
@@ -313,6 +308,7 @@ impl WorkerThread {
                 let closing: Vec<(Arc<OwnedFd>, Closing)> = sockets
                     .into_iter()
                     .map(|socket| {
+                        // It is there only while the port is parked.
                         let _ = epoll::delete(&self.sleeper, &socket);
                         socket.close_later(self.worker.umem_mut())
                     })
@@ -368,14 +364,15 @@ impl WorkerThread {
         self.shared.news.notify_one();
     }
 
-    /// Has epoll listen to the ports that went idle.
+    /// Has epoll listen to the ports that went idle. Those that are polled are not in its set: the kernel would call it for
+    /// each packet that comes.
     fn park(&mut self) {
         let idle: Vec<PortId> = self.worker.take_idle().collect();
         for port in idle {
             let sockets = self.worker.port(port).map_or(&[][..], |queues| &queues.sockets);
             for socket in sockets {
                 let data = epoll::EventData::new_u64(u64::from(port.0));
-                let _ = epoll::modify(&self.sleeper, socket, data, epoll::EventFlags::IN | epoll::EventFlags::ONESHOT);
+                let _ = epoll::add(&self.sleeper, socket, data, epoll::EventFlags::IN);
             }
         }
     }
@@ -390,7 +387,13 @@ impl WorkerThread {
                 WAKER => {
                     let _ = rustix::io::read(&self.waker, &mut [0; 8]);
                 }
-                port => self.worker.wake(PortId(port as u16)),
+                port => {
+                    let port = PortId(port as u16);
+                    for socket in self.worker.port(port).map_or(&[][..], |queues| &queues.sockets) {
+                        let _ = epoll::delete(&self.sleeper, socket);
+                    }
+                    self.worker.wake(port);
+                }
             }
         }
     }
