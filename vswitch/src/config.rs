@@ -105,8 +105,10 @@ pub(crate) struct Fdb {
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Poll {
-    /// Sleeps after a while until a socket is readable.
+    /// Spins, stays awake for as long as that was worth it lately, and then sleeps until a socket is readable.
     Adaptive,
+    /// Sleeps at once.
+    Interrupt,
     /// Never sleeps.
     Busy,
 }

@@ -7,6 +7,7 @@ mod daemon;
 mod follow;
 mod host;
 mod judging;
+mod linger;
 mod server;
 mod store;
 mod tasks;

@@ -1,7 +1,8 @@
 //! A worker thread: the clock, the sleep and the commands around [`vswitch_dataplane::Worker`].
 //!
 //! The thread turns as long as a port is active. A port without packets for a while is armed in an epoll set and not
-//! polled; with no active port left the thread sleeps there. Commands come over a queue, with an eventfd to end a sleep.
+//! polled; with no active port left the thread lingers ([`Linger`]) and then sleeps there. Commands come over a queue, with
+//! an eventfd to end a sleep.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -18,6 +19,9 @@ use vswitch_dataplane::connection::Connections;
 use vswitch_dataplane::{Event, PortIo, Snapshot, Worker, WorkerConfig};
 use vswitch_net::PortId;
 use vswitch_xsk::{Binder, BoundSocket, Closing, FastTable, Packet, TxChecksum, Umem, XskSocket, cycles};
+
+use crate::config::Poll;
+use crate::linger::Linger;
 
 /// How long a command may take: a worker answers between two turns.
 pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -62,7 +66,7 @@ pub(crate) struct Setup {
     pub(crate) umem_frames: usize,
     pub(crate) flow_entries: usize,
     pub(crate) idle_turns: u32,
-    pub(crate) is_busy: bool,
+    pub(crate) poll: Poll,
     pub(crate) seed: u64,
 }
 
@@ -126,7 +130,12 @@ impl WorkerHandle {
     pub(crate) fn start(setup: Setup, shared: Shared) -> io::Result<WorkerHandle> {
         let umem = Umem::new(setup.umem_frames)?;
         let binder = Binder::new(&umem);
-        let config = WorkerConfig { flow_entries: setup.flow_entries, seed: setup.seed, idle_turns: setup.idle_turns };
+        let idle_turns = match setup.poll {
+            Poll::Busy => u32::MAX,
+            Poll::Adaptive => setup.idle_turns,
+            Poll::Interrupt => 0,
+        };
+        let config = WorkerConfig { flow_entries: setup.flow_entries, seed: setup.seed, idle_turns };
         let (commands, inbox) = crossbeam_channel::unbounded();
         let waker = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         let sleeper = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -139,6 +148,7 @@ impl WorkerHandle {
             setup,
             sleeper,
             waker: waker.clone(),
+            linger: Linger::default(),
             turns: 0,
             sleeps: 0,
             times: WorkerTimes::default(),
@@ -224,6 +234,7 @@ struct WorkerThread {
     setup: Setup,
     sleeper: OwnedFd,
     waker: Arc<OwnedFd>,
+    linger: Linger,
     turns: u64,
     sleeps: u64,
     times: WorkerTimes,
@@ -260,19 +271,26 @@ impl WorkerThread {
             self.park();
             since_check += 1;
             if self.worker.has_active() {
+                self.linger.interrupt();
                 if since_check >= PARKED_CHECK_TURNS {
                     since_check = 0;
                     self.wait(Duration::ZERO);
                 }
             } else {
                 since_check = 0;
-                if self.setup.is_busy {
+                let stays_awake = match self.setup.poll {
+                    Poll::Busy => true,
+                    Poll::Adaptive => self.linger.goes_on(now_ns, self.times.busy_ns),
+                    Poll::Interrupt => false,
+                };
+                if stays_awake {
+                    thread::yield_now();
                     self.wait(Duration::ZERO);
                     continue;
                 }
                 self.sleeps += 1;
                 let slept_from_ns = self.shared.start.elapsed().as_nanos() as u64;
-                self.wait(match () {
+                let is_packet = self.wait(match () {
                     () if turn.is_sending || turn.is_holding => SLEEP_WHILE_SENDING,
                     () if self.worker.has_fast_flows() => SLEEP_WHILE_OFFLOADING,
                     () => SLEEP,
@@ -282,6 +300,7 @@ impl WorkerThread {
                 *(if is_busy { &mut self.times.busy_ns } else { &mut self.times.idle_ns }) +=
                     slept_from_ns - self.since_ns;
                 self.times.asleep_ns += woken_ns - slept_from_ns;
+                self.linger.learn(woken_ns - slept_from_ns, is_packet);
                 self.since_ns = woken_ns;
                 is_busy = false;
             }
@@ -377,11 +396,12 @@ impl WorkerThread {
         }
     }
 
-    /// Sleeps until a parked port is readable or a command came, and wakes those ports.
-    fn wait(&mut self, timeout: Duration) {
+    /// Sleeps until a parked port is readable or a command came, and wakes those ports. True if there was one.
+    fn wait(&mut self, timeout: Duration) -> bool {
         let mut ready = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 64];
         let timeout = Timespec { tv_sec: 0, tv_nsec: timeout.as_nanos() as i64 };
-        let Ok(count) = epoll::wait(&self.sleeper, &mut ready[..], Some(&timeout)) else { return };
+        let Ok(count) = epoll::wait(&self.sleeper, &mut ready[..], Some(&timeout)) else { return false };
+        let mut is_packet = false;
         for event in &ready[..count] {
             match event.data.u64() {
                 WAKER => {
@@ -393,9 +413,11 @@ impl WorkerThread {
                         let _ = epoll::delete(&self.sleeper, socket);
                     }
                     self.worker.wake(port);
+                    is_packet = true;
                 }
             }
         }
+        is_packet
     }
 
     fn sample(&self) -> WorkerSample {

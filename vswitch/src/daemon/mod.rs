@@ -24,7 +24,7 @@ use vswitch_link::{Kernel, Watch};
 use vswitch_net::PortId;
 
 use crate::backend::Links;
-use crate::config::{Config, Poll};
+use crate::config::Config;
 use crate::follow::Followed;
 use crate::host::HostLink;
 use crate::store::Store;
@@ -170,7 +170,6 @@ impl Daemon {
             Shared { snapshot: snapshot.clone(), events, news: news.clone(), connections: connections.clone(), start };
         let sizes = &config.worker;
         let cores = choose_cores(&sizes.cores, sizes.count).map_err(|error| anyhow!(error))?;
-        let is_busy = sizes.poll == Poll::Busy;
         let workers = (0..sizes.count)
             .map(|index| {
                 let setup = Setup {
@@ -178,8 +177,8 @@ impl Daemon {
                     core: cores[index],
                     umem_frames: sizes.umem_frames,
                     flow_entries: sizes.flow_entries,
-                    idle_turns: if is_busy { u32::MAX } else { sizes.idle_turns },
-                    is_busy,
+                    idle_turns: sizes.idle_turns,
+                    poll: sizes.poll,
                     seed: random_seed(),
                 };
                 WorkerHandle::start(setup, shared.clone()).with_context(|| {
