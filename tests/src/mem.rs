@@ -71,6 +71,10 @@ pub struct MemBackend {
     pub connections: Arc<Connections>,
     /// Links whose attachment shall fail.
     pub broken: Vec<String>,
+    /// Workers beside it, that exist in samples only.
+    pub others: Vec<WorkerSample>,
+    /// Queues that control had moved.
+    pub moved: Vec<(PortId, u32, usize)>,
 }
 
 impl Backend for MemBackend {
@@ -86,9 +90,16 @@ impl Backend for MemBackend {
         self.worker.remove_port(port);
     }
 
+    fn move_queues(&mut self, moves: &[(PortId, u32, usize)]) -> Result<(), String> {
+        self.moved.extend(moves);
+        Ok(())
+    }
+
     fn sample(&mut self) -> Vec<WorkerSample> {
         let (counters, perf) = (self.worker.counters().clone(), self.worker.perf().clone());
-        vec![WorkerSample { counters, perf, ..WorkerSample::default() }]
+        let mut samples = vec![WorkerSample { counters, perf, ..WorkerSample::default() }];
+        samples.extend(self.others.iter().cloned());
+        samples
     }
 
     fn flows(&mut self, since_ns: u64, limit: usize) -> Vec<FlowSample> {
@@ -130,7 +141,7 @@ impl Switch {
         let worker = Worker::new(umem, config, connections.clone());
         let mut switch = Switch {
             control: Control::new(ControlConfig::default()),
-            backend: MemBackend { worker, connections, broken: Vec::new() },
+            backend: MemBackend { worker, connections, broken: Vec::new(), others: Vec::new(), moved: Vec::new() },
             snapshot: Arc::default(),
             now_ns: 1,
         };

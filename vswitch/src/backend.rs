@@ -52,6 +52,9 @@ enum Offload {
 #[derive(Debug)]
 struct AttachedLink {
     ifindex: u32,
+    zero_copy: ZeroCopy,
+    /// Which worker has each queue.
+    owners: Vec<usize>,
     /// What the link had lost when it was first looked at, and has lost now.
     lost: Option<(u64, u64)>,
     program: AttachedProgram,
@@ -239,8 +242,31 @@ impl Links {
         for (worker, sockets) in self.workers.iter().zip(sockets) {
             worker.insert(port, sockets);
         }
-        self.attached.insert(port, AttachedLink { ifindex, lost: None, program });
+        let owners = (0..attached.copy_modes.len()).map(|queue| first_owner(queue, self.workers.len())).collect();
+        self.attached.insert(port, AttachedLink { ifindex, zero_copy, owners, lost: None, program });
         Ok(attached)
+    }
+
+    /// Closes a queue's socket and binds another one for a worker.
+    fn move_queue(&mut self, port: PortId, queue: u32, to: usize) -> Result<(), String> {
+        let (Some(link), Some(programs)) = (self.attached.get_mut(&port), &mut self.programs) else {
+            return Err("the link is gone".to_owned());
+        };
+        let owner = link.owners.get_mut(queue as usize).ok_or("the link has no such queue")?;
+        self.workers[*owner].remove_queue(port, queue);
+        let mut bind = |worker: &mut WorkerHandle| {
+            let socket = worker.binder.bind(link.ifindex, queue, link.zero_copy).map_err(|error| error.to_string())?;
+            programs.set_socket(&link.program, queue, &socket).map_err(|error| error.to_string())?;
+            worker.add_queue(port, socket);
+            Ok(())
+        };
+        let moved = bind(&mut self.workers[to]);
+        if moved.is_ok() {
+            *owner = to;
+            return Ok(());
+        }
+        // Back to where it was, so that nobody is deaf.
+        bind(&mut self.workers[*owner]).and(moved)
     }
 
     /// A socket for each queue of a link, by worker.
@@ -256,7 +282,7 @@ impl Links {
         let mut copy_modes = Vec::new();
         let mut zero_copy_refusal = None;
         for queue in 0..MAX_QUEUES {
-            let owner = queue as usize % self.workers.len();
+            let owner = first_owner(queue as usize, self.workers.len());
             let socket = match self.workers[owner].binder.bind(ifindex, queue, zero_copy) {
                 Ok(socket) => socket,
                 // All queues are bound: what arrives at one without a socket would be lost.
@@ -301,6 +327,13 @@ impl Backend for Links {
             fast_path.set_target(port, None);
         }
         self.workers.iter().for_each(|worker| worker.remove(port));
+    }
+
+    fn move_queues(&mut self, moves: &[(PortId, u32, usize)]) -> Result<(), String> {
+        for &(port, queue, worker) in moves {
+            self.move_queue(port, queue, worker).map_err(|error| format!("queue {queue} was not moved: {error}"))?;
+        }
+        Ok(())
     }
 
     fn sample(&mut self) -> Vec<WorkerSample> {
@@ -349,6 +382,11 @@ impl Backend for Links {
     fn process(&self) -> (u32, u64, u64) {
         (std::process::id(), self.start.elapsed().as_secs(), resident_bytes())
     }
+}
+
+/// Who gets a queue of a link that is attached.
+fn first_owner(queue: usize, workers: usize) -> usize {
+    queue % workers
 }
 
 fn ifindex_of(link: &str) -> Result<u32, String> {

@@ -3,6 +3,7 @@
 
 mod backend;
 mod config;
+mod cores;
 mod daemon;
 mod follow;
 mod host;

@@ -70,9 +70,22 @@ pub(crate) struct Setup {
     pub(crate) seed: u64,
 }
 
+impl Setup {
+    fn config(&self) -> WorkerConfig {
+        let idle_turns = match self.poll {
+            Poll::Busy => u32::MAX,
+            Poll::Adaptive => self.idle_turns,
+            Poll::Interrupt => 0,
+        };
+        WorkerConfig { flow_entries: self.flow_entries, seed: self.seed, idle_turns }
+    }
+}
+
 enum Command {
     Insert(PortId, Vec<BoundSocket>),
     Remove(PortId, Sender<Vec<(Arc<OwnedFd>, Closing)>>),
+    AddQueue(PortId, Box<BoundSocket>),
+    RemoveQueue(PortId, u32, Sender<Vec<(Arc<OwnedFd>, Closing)>>),
     Reclaim(Vec<Closing>),
     Offload(FastTable),
     Sample(Sender<WorkerSample>),
@@ -122,40 +135,49 @@ impl PortIo for Queues {
 }
 
 impl WorkerHandle {
-    /// Maps the worker's memory and starts its thread.
+    /// Starts the worker's thread, which maps its memory.
     ///
     /// # Errors
     ///
     /// Those of `mmap(2)`, `epoll_create(2)` and `eventfd(2)`, and of starting a thread.
     pub(crate) fn start(setup: Setup, shared: Shared) -> io::Result<WorkerHandle> {
-        let umem = Umem::new(setup.umem_frames)?;
-        let binder = Binder::new(&umem);
-        let idle_turns = match setup.poll {
-            Poll::Busy => u32::MAX,
-            Poll::Adaptive => setup.idle_turns,
-            Poll::Interrupt => 0,
-        };
-        let config = WorkerConfig { flow_entries: setup.flow_entries, seed: setup.seed, idle_turns };
         let (commands, inbox) = crossbeam_channel::unbounded();
         let waker = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         let sleeper = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&sleeper, &waker, epoll::EventData::new_u64(WAKER), epoll::EventFlags::IN)?;
-        let thread = WorkerThread {
-            worker: Worker::new(umem, config, shared.connections.clone()),
-            inbox,
-            snapshot: Cache::new(shared.snapshot.clone()),
-            shared,
-            setup,
-            sleeper,
-            waker: waker.clone(),
-            linger: Linger::default(),
-            turns: 0,
-            sleeps: 0,
-            times: WorkerTimes::default(),
-            since_ns: 0,
-            start_cycles: 0,
-        };
-        let thread = thread::Builder::new().name(format!("worker-{}", setup.index)).spawn(move || thread.run())?;
+        let (ready, is_ready) = crossbeam_channel::bounded(1);
+        let woken = waker.clone();
+        let thread = thread::Builder::new().name(format!("worker-{}", setup.index)).spawn(move || {
+            if let Some(id) = setup.core {
+                core_affinity::set_for_current(core_affinity::CoreId { id });
+            }
+            // Once pinned, so that memory and tables lie on the worker's own NUMA node.
+            let umem = match Umem::new(setup.umem_frames) {
+                Ok(umem) => umem,
+                Err(error) => return drop(ready.send(Err(error))),
+            };
+            umem.populate();
+            let binder = Binder::new(&umem);
+            let thread = WorkerThread {
+                worker: Worker::new(umem, setup.config(), shared.connections.clone()),
+                inbox,
+                snapshot: Cache::new(shared.snapshot.clone()),
+                shared,
+                setup,
+                sleeper,
+                waker: woken,
+                linger: Linger::default(),
+                turns: 0,
+                sleeps: 0,
+                times: WorkerTimes::default(),
+                since_ns: 0,
+                start_cycles: 0,
+            };
+            if ready.send(Ok(binder)).is_ok() {
+                thread.run();
+            }
+        })?;
+        let binder = is_ready.recv().map_err(|_| io::Error::other("the thread ended"))??;
         Ok(WorkerHandle { binder, commands, waker, thread: Some(thread) })
     }
 
@@ -164,10 +186,25 @@ impl WorkerHandle {
         self.send(Command::Insert(port, sockets));
     }
 
-    /// Takes a port away and closes its sockets here, off the data path.
+    /// Hands one more queue of a port's over.
+    pub(crate) fn add_queue(&self, port: PortId, socket: BoundSocket) {
+        self.send(Command::AddQueue(port, Box::new(socket)));
+    }
+
+    /// Takes one queue of a port's away and closes its socket.
+    pub(crate) fn remove_queue(&self, port: PortId, queue: u32) {
+        self.close(|answer| Command::RemoveQueue(port, queue, answer));
+    }
+
+    /// Takes a port away and closes its sockets.
     pub(crate) fn remove(&self, port: PortId) {
+        self.close(|answer| Command::Remove(port, answer));
+    }
+
+    /// Has the worker give sockets away, and closes them here, off the data path.
+    fn close(&self, command: impl FnOnce(Sender<Vec<(Arc<OwnedFd>, Closing)>>) -> Command) {
         let (answer, sockets) = crossbeam_channel::bounded(1);
-        self.send(Command::Remove(port, answer));
+        self.send(command(answer));
         let Ok(sockets) = sockets.recv_timeout(ANSWER_TIMEOUT) else { return };
         let closing = sockets
             .into_iter()
@@ -245,9 +282,6 @@ struct WorkerThread {
 
 impl WorkerThread {
     fn run(mut self) {
-        if let Some(id) = self.setup.core {
-            core_affinity::set_for_current(core_affinity::CoreId { id });
-        }
         self.start_cycles = cycles();
         self.since_ns = self.shared.start.elapsed().as_nanos() as u64;
         let mut is_busy = false;
@@ -311,34 +345,29 @@ impl WorkerThread {
     fn obey(&mut self, command: Command) -> bool {
         match command {
             Command::Insert(port, sockets) => {
-                let umem = self.worker.umem_mut();
-                let is_shared = port.index() < MAX_UPLINKS;
-                let adopt = |socket: BoundSocket| {
-                    let socket = socket.adopt(umem);
-                    if is_shared { socket.expect_many(umem) } else { socket }
-                };
-                let sockets: Vec<XskSocket> = sockets.into_iter().map(adopt).collect();
+                let sockets: Vec<XskSocket> = sockets.into_iter().map(|socket| self.adopt(port, socket)).collect();
                 if let Some(before) = self.worker.insert_port(port, Queues { sockets, turn: 0 }) {
                     self.discard(before);
                 }
             }
             Command::Remove(port, answer) => {
                 let sockets = self.worker.remove_port(port).map_or_else(Vec::new, |queues| queues.sockets);
-                let closing: Vec<(Arc<OwnedFd>, Closing)> = sockets
-                    .into_iter()
-                    .map(|socket| {
-                        // It is there only while the port is parked.
-                        let _ = epoll::delete(&self.sleeper, &socket);
-                        socket.close_later(self.worker.umem_mut())
-                    })
-                    .collect();
-                if let Err(unheard) = answer.send(closing) {
-                    // Nobody waits any more: close here, whatever it takes.
-                    for (fd, closing) in unheard.0 {
-                        drop(fd);
-                        closing.reclaim(self.worker.umem_mut());
-                    }
+                self.give_away(sockets, &answer);
+            }
+            Command::AddQueue(port, socket) => {
+                let socket = self.adopt(port, *socket);
+                match self.worker.port_and_umem(port) {
+                    Some((queues, _)) => queues.sockets.push(socket),
+                    None => drop(self.worker.insert_port(port, Queues { sockets: vec![socket], turn: 0 })),
                 }
+                self.worker.wake(port);
+            }
+            Command::RemoveQueue(port, queue, answer) => {
+                let sockets = self.worker.port_and_umem(port).map_or_else(Vec::new, |(queues, _)| {
+                    queues.turn = 0;
+                    queues.sockets.extract_if(.., |socket| socket.queue() == queue).collect()
+                });
+                self.give_away(sockets, &answer);
             }
             Command::Reclaim(closing) => {
                 closing.into_iter().for_each(|closing| closing.reclaim(self.worker.umem_mut()));
@@ -366,6 +395,32 @@ impl WorkerThread {
             Command::Stop => return false,
         }
         true
+    }
+
+    /// Makes a socket one of this worker's.
+    fn adopt(&mut self, port: PortId, socket: BoundSocket) -> XskSocket {
+        let umem = self.worker.umem_mut();
+        let socket = socket.adopt(umem);
+        if port.index() < MAX_UPLINKS { socket.expect_many(umem) } else { socket }
+    }
+
+    /// Gives sockets to whoever closes them.
+    fn give_away(&mut self, sockets: Vec<XskSocket>, answer: &Sender<Vec<(Arc<OwnedFd>, Closing)>>) {
+        let closing: Vec<(Arc<OwnedFd>, Closing)> = sockets
+            .into_iter()
+            .map(|socket| {
+                // It is there only while the port is parked.
+                let _ = epoll::delete(&self.sleeper, &socket);
+                socket.close_later(self.worker.umem_mut())
+            })
+            .collect();
+        if let Err(unheard) = answer.send(closing) {
+            // Nobody waits any more: close here, whatever it takes.
+            for (fd, closing) in unheard.0 {
+                drop(fd);
+                closing.reclaim(self.worker.umem_mut());
+            }
+        }
     }
 
     fn discard(&mut self, queues: Queues) {
@@ -424,6 +479,7 @@ impl WorkerThread {
         let sockets = self.worker.ports().flat_map(|(port, queues)| {
             queues.sockets.iter().map(move |socket| SocketSample {
                 port: Some(port),
+                queue: socket.queue(),
                 // A link that is gone has no statistics any more.
                 kernel: socket.statistics().unwrap_or_default(),
                 kicks: socket.counters(),
@@ -443,23 +499,4 @@ impl WorkerThread {
             fast: self.worker.fast_state(),
         }
     }
-}
-
-/// The cores to pin `count` workers to: those named, else the last ones allowed, for the first is the busiest with
-/// interrupts.
-pub(crate) fn choose_cores(named: &[usize], count: usize) -> Result<Vec<Option<usize>>, String> {
-    let allowed: Vec<usize> = core_affinity::get_core_ids().unwrap_or_default().iter().map(|core| core.id).collect();
-    if let Some(wrong) = named.iter().find(|core| !allowed.contains(core)) {
-        return Err(format!("worker.cores: core {wrong} is not allowed here; allowed are {allowed:?}"));
-    }
-    if !named.is_empty() {
-        return Ok(named.iter().copied().map(Some).collect());
-    }
-    // With fewer cores than workers nothing is pinned: the scheduler does better.
-    let pinned = if count <= allowed.len() {
-        allowed.iter().rev().take(count).copied().map(Some).collect()
-    } else {
-        vec![None; count]
-    };
-    Ok(pinned)
 }

@@ -1,8 +1,9 @@
 //! Requests: carried out whole, or refused with a sentence and nothing changed.
 
 use serde_json::json;
-use vswitch_api::{Answer, ErrorCode, Request};
-use vswitch_control::Control;
+use vswitch_api::{Answer, ErrorCode, QueueLoad, QueueMove, Request};
+use vswitch_control::{Control, SocketSample, WorkerSample};
+use vswitch_net::PortId;
 use vswitch_tests::mem::Switch;
 
 use super::mac;
@@ -253,4 +254,40 @@ fn what_the_configuration_made_is_not_state() {
     let network = serde_json::from_str(r#"{"op":"network_add","name":"pods","vni":7}"#).expect("a request");
     control.configure(network, &mut backend).expect("carried out");
     assert!(control.state("boot").networks.is_empty());
+}
+
+/// Queues are dealt out anew as asked, or not at all.
+#[test]
+fn queues_go_where_a_worker_is() {
+    let mut switch = Switch::new();
+    let link = PortId(0);
+    let socket = |queue| SocketSample { port: Some(link), queue, ..SocketSample::default() };
+    // The first worker is the one in memory, which has no sockets.
+    let sample =
+        |queues: &[u32]| WorkerSample { sockets: queues.iter().map(|&at| socket(at)).collect(), ..Default::default() };
+    switch.backend.others = vec![sample(&[0, 1]), sample(&[2])];
+    let Answer::Rxq(info) = switch.ask(Request::RxqList) else { panic!("another answer") };
+    let owners: Vec<usize> = info.queues.iter().map(|queue| queue.worker).collect();
+    assert_eq!(owners, [1, 1, 2]);
+    let name = info.queues[0].link.clone();
+    let to = |queue, worker| QueueMove { link: name.clone(), queue, worker };
+    let refused = |switch: &mut Switch, moves: Vec<QueueMove>| {
+        let error = switch.try_ask(Request::RxqMove { moves }).unwrap_err().to_string();
+        assert!(switch.backend.moved.is_empty(), "{error}");
+        error
+    };
+    // All or nothing: the first of the two could be.
+    assert!(refused(&mut switch, vec![to(1, 2), to(9, 2)]).contains("has no queue 9"));
+    assert!(refused(&mut switch, vec![to(1, 7)]).contains("there is no worker 7"));
+    assert!(refused(&mut switch, vec![to(2, 1)]).contains("worker 0 would have no queue"));
+    switch.backend.others.insert(0, sample(&[3]));
+    let loads = vec![
+        QueueLoad { link: name.clone(), queue: 0, load: 500 },
+        QueueLoad { link: name.clone(), queue: 1, load: 400 },
+    ];
+    let Answer::Plan(plan) = switch.ask(Request::RxqRebalance { loads, dry_run: true }) else {
+        panic!("another answer")
+    };
+    assert_eq!((plan.before, plan.after), (vec![0, 0, 900, 0], vec![500, 0, 400, 0]));
+    assert!(switch.backend.moved.is_empty() && !plan.is_applied);
 }

@@ -126,31 +126,40 @@ fn a_port_too_many_is_refused_and_the_others_go_on() {
     assert_balanced(&daemon);
 }
 
+/// The configuration of one of two nodes, with two workers.
+fn two_workers(own: usize, other: usize) -> String {
+    format!(
+        "[worker]\ncount = 2\numem_frames = 8192\n[uplink]\nlink = \"wire\"\n[[network]]\nname = \"pods\"\nvni = 1\n\
+         ranges = [\"10.244.{own}.0/24\"]\n[[peer]]\nname = \"other\"\nvtep = \"192.0.2.{other}\"\n[[route]]\n\
+         network = \"pods\"\nprefix = \"10.244.{other}.0/24\"\npeer = \"other\"\n"
+    )
+}
+
+/// A wire with so many queues between two nodes.
+fn cable(nodes: &[Namespace; 2], queues: usize) {
+    let queues = format!("numtxqueues {queues} numrxqueues {queues}");
+    nodes[0].ip(&format!("link add wire {queues} type veth peer name wire {queues} netns {}", nodes[1].name)).unwrap();
+    for (at, node) in nodes.iter().enumerate() {
+        node.ip(&format!("addr add 192.0.2.{}/24 dev wire", at + 1)).unwrap();
+        node.ip("link set wire up").unwrap();
+    }
+}
+
 /// Two nodes with two workers each: every worker needs a queue of the uplink, and uses it.
 #[test]
 fn an_uplink_has_a_queue_for_every_worker() {
     let Some(mut bench) = bench("queues") else { return };
     let lab = &mut bench.lab;
     let nodes = [lab.namespace("one").unwrap(), lab.namespace("two").unwrap()];
-    let config = |own: usize, other: usize| {
-        format!(
-            "[worker]\ncount = 2\numem_frames = 8192\n[uplink]\nlink = \"wire\"\n[[network]]\nname = \"pods\"\nvni = 1\n\
-             ranges = [\"10.244.{own}.0/24\"]\n[[peer]]\nname = \"other\"\nvtep = \"192.0.2.{other}\"\n[[route]]\n\
-             network = \"pods\"\nprefix = \"10.244.{other}.0/24\"\npeer = \"other\"\n"
-        )
-    };
     lab.wire([(&nodes[0], "wire", &["192.0.2.1/24"]), (&nodes[1], "wire", &["192.0.2.2/24"])], 1500).unwrap();
-    let error = lab.daemon(&nodes[0], "one", &config(1, 2)).expect_err("one queue for two workers").to_string();
+    let error = lab.daemon(&nodes[0], "one", &two_workers(1, 2)).expect_err("one queue for two workers").to_string();
     assert!(error.contains("fewer queues than the switch has workers"), "{error}");
     nodes[0].ip("link del wire").unwrap();
-    let queues = "numtxqueues 2 numrxqueues 2";
-    nodes[0].ip(&format!("link add wire {queues} type veth peer name wire {queues} netns {}", nodes[1].name)).unwrap();
-    for (at, node) in nodes.iter().enumerate() {
-        node.ip(&format!("addr add 192.0.2.{}/24 dev wire", at + 1)).unwrap();
-        node.ip("link set wire up").unwrap();
-    }
-    let daemons =
-        [lab.daemon(&nodes[0], "one", &config(1, 2)).unwrap(), lab.daemon(&nodes[1], "two", &config(2, 1)).unwrap()];
+    cable(&nodes, 2);
+    let daemons = [
+        lab.daemon(&nodes[0], "one", &two_workers(1, 2)).unwrap(),
+        lab.daemon(&nodes[1], "two", &two_workers(2, 1)).unwrap(),
+    ];
     let pods = [crate::add_pod(lab, &daemons[0], "a"), crate::add_pod(lab, &daemons[1], "b")];
     pods[0].0.await_ping(&pods[1].1[0]).unwrap();
     crate::serve_iperf3(lab, &pods[1].0);
@@ -177,4 +186,70 @@ fn pods_may_come_all_at_once() {
         assert!(pod.pings(&addresses[(at + 1) % PODS][0], 2, 3), "{}", pod.name);
     }
     assert_eq!(daemon.ctl(&["port", "list"]).unwrap()["ports"].as_array().unwrap().len(), PODS);
+}
+
+/// Queues of the uplink go from worker to worker while packets come, by hand and by what they cost.
+#[test]
+fn queues_are_dealt_out_anew() {
+    let Some(mut bench) = bench("rxq") else { return };
+    let lab = &mut bench.lab;
+    let nodes = [lab.namespace("one").unwrap(), lab.namespace("two").unwrap()];
+    cable(&nodes, 4);
+    let daemons = [
+        lab.daemon(&nodes[0], "one", &two_workers(1, 2)).unwrap(),
+        lab.daemon(&nodes[1], "two", &two_workers(2, 1)).unwrap(),
+    ];
+    let pods = [crate::add_pod(lab, &daemons[0], "a"), crate::add_pod(lab, &daemons[1], "b")];
+    pods[0].0.await_ping(&pods[1].1[0]).unwrap();
+    let receiver = &daemons[1];
+    assert_eq!(owners(receiver), [0, 1, 0, 1]);
+    // By hand: one after the other, and no worker without a queue.
+    let refused = receiver.run_ctl(&["rxq", "move", "wire", "7", "1"]).unwrap_err().to_string();
+    assert!(refused.contains("link wire has no queue 7"), "{refused}");
+    let refused = receiver.run_ctl(&["rxq", "move", "wire", "0", "2"]).unwrap_err().to_string();
+    assert!(refused.contains("there is no worker 2"), "{refused}");
+    receiver.run_ctl(&["rxq", "move", "wire", "0", "1"]).unwrap();
+    assert_eq!(owners(receiver), [1, 1, 0, 1]);
+    let refused = receiver.run_ctl(&["rxq", "move", "wire", "2", "1"]).unwrap_err().to_string();
+    assert!(refused.contains("worker 0 would have no queue of link wire left"), "{refused}");
+    assert!(pods[0].0.pings(&pods[1].1[0], 5, 2) && pods[1].0.pings(&pods[0].1[0], 5, 2));
+    // By what they cost: the sender's workers send by queues 0 and 1, and one worker of the receiver has both.
+    crate::serve_iperf3(lab, &pods[1].0);
+    let load = pods[0].0.command(&["iperf3", "-J", "-c", &pods[1].1[0], "-t", "8", "-P", "8"]);
+    let mut load = { load }.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    lab::wait_for(5, || loads(receiver).iter().filter(|&&packets| packets > 1000).count() == 2).unwrap();
+    let plan = receiver.ctl(&["rxq", "rebalance"]).unwrap();
+    assert_eq!(
+        (plan["is_applied"].as_bool(), owners(receiver)),
+        (Some(false), vec![1, 1, 0, 1]),
+        "a plan only: {plan}"
+    );
+    assert!(!plan["moves"].as_array().unwrap().is_empty(), "{plan}");
+    let plan = receiver.ctl(&["rxq", "rebalance", "--apply"]).unwrap();
+    let peak = |loads: &serde_json::Value| loads.as_array().unwrap().iter().filter_map(|it| it.as_u64()).max();
+    assert!(peak(&plan["after"]) < peak(&plan["before"]), "{plan}");
+    let after = owners(receiver);
+    assert_ne!(after[0], after[1], "{after:?}");
+    println!("dealt out anew: {plan}");
+    let before: Vec<u64> = loads(receiver);
+    lab::wait_for(5, || loads(receiver).iter().zip(&before).filter(|(now, before)| *now > *before).count() >= 2)
+        .unwrap();
+    let status = load.wait().unwrap();
+    assert!(status.success(), "TCP went on");
+    daemons.iter().for_each(assert_balanced);
+}
+
+/// Which worker has each queue of the wire.
+fn owners(daemon: &lab::Daemon) -> Vec<u64> {
+    queues(daemon).iter().map(|queue| queue["worker"].as_u64().unwrap()).collect()
+}
+
+/// What each queue of the wire received in a moment.
+fn loads(daemon: &lab::Daemon) -> Vec<u64> {
+    queues(daemon).iter().map(|queue| queue["packets"].as_u64().unwrap()).collect()
+}
+
+fn queues(daemon: &lab::Daemon) -> Vec<serde_json::Value> {
+    let list = daemon.ctl(&["rxq", "list", "--seconds", "0.2"]).unwrap();
+    list["queues"].as_array().unwrap().iter().filter(|queue| queue["link"] == "wire").cloned().collect()
 }

@@ -16,6 +16,7 @@ use vswitch_net::{MacAddr, Vni};
 
 use crate::perf::PerfArguments;
 use crate::policy::{ConnectionCommand, EndpointCommand, Observe, PolicyCommand, named_port};
+use crate::rxq::RxqCommand;
 use crate::service::{EgressCommand, ServiceCommand};
 
 /// Sees and steers a vswitchd.
@@ -72,6 +73,9 @@ pub(crate) enum Command {
     },
     /// Where the workers' time goes: by stage, busy, idle and asleep, with the sizes of bursts.
     Perf(PerfArguments),
+    /// Receive queues: which worker polls which, and dealing them out anew.
+    #[command(subcommand)]
+    Rxq(RxqCommand),
     /// Copies of what passes ports.
     #[command(subcommand)]
     Mirror(MirrorCommand),

@@ -8,6 +8,7 @@ mod output;
 mod perf;
 mod policy;
 mod port;
+mod rxq;
 mod service;
 
 use std::io::{self, Write};
@@ -122,6 +123,7 @@ fn ask(client: &mut Client, command: &Command) -> anyhow::Result<Answer> {
             return output::only(client.call(Request::Drops)?, name);
         }
         Command::Perf(arguments) => return perf::perf(client, arguments),
+        Command::Rxq(command) => return rxq::rxq(client, command),
         Command::Service(command) => return service::service(client, command),
         Command::Egress(command) => return service::egress(client, command),
         Command::Policy(command) => return policy::policy(client, command),

@@ -10,7 +10,7 @@ use vswitch_api::{
     UplinkInfo,
 };
 
-use crate::{perf, policy, service};
+use crate::{perf, policy, rxq, service};
 
 /// Free addresses that nobody counts any more.
 const PLENTY: u64 = 1 << 32;
@@ -227,6 +227,8 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
         ),
         Answer::Stats(stats) => print_stats(out, stats, is_show),
         Answer::Perf { workers } => perf::print(out, workers),
+        Answer::Rxq(info) => rxq::print(out, info),
+        Answer::Plan(plan) => rxq::print_plan(out, plan),
         Answer::Drops { drops } if drops.is_empty() => writeln!(out, "nothing was dropped"),
         Answer::Drops { drops } => print_drops(out, drops, is_show),
     }

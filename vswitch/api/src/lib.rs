@@ -21,6 +21,7 @@ mod policy;
 mod port;
 mod request;
 mod response;
+mod rxq;
 mod service;
 
 pub use client::{Client, ClientError};
@@ -41,6 +42,7 @@ pub use response::{
     PodRoute, PortInfo, RouteInfo, StatusInfo, UplinkInfo,
 };
 
+pub use rxq::{QueueInfo, QueueLoad, QueueMove, RxqInfo, RxqPlan, WorkerLoad};
 pub use service::{Affinity, BackendInfo, EgressInfo, EgressSpec, ServiceInfo, ServiceSpec};
 
 use serde::{Deserialize, Serialize};

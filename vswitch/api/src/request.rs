@@ -10,6 +10,7 @@ use crate::policy::{
     ConnectionFilter, EndpointName, EndpointSpec, ExplainSpec, ObjectName, ObserveFilter, PolicyDocument,
 };
 use crate::port::{Attachment, PortSpec};
+use crate::rxq::{QueueLoad, QueueMove};
 use crate::service::{EgressSpec, ServiceSpec};
 
 /// A request.
@@ -186,6 +187,21 @@ pub enum Request {
     Perf,
     /// Drops by reason and port.
     Drops,
+    /// Receive queues, and which worker polls which.
+    RxqList,
+    /// Has queues polled by other workers: all of them or none.
+    RxqMove {
+        /// The queues.
+        moves: Vec<QueueMove>,
+    },
+    /// Deals queues out anew, by what they cost.
+    RxqRebalance {
+        /// What each costs its worker; a queue that is not named costs nothing.
+        loads: Vec<QueueLoad>,
+        /// Only say what would be moved.
+        #[serde(default, skip_serializing_if = "is_no")]
+        dry_run: bool,
+    },
 }
 
 impl Request {
@@ -227,6 +243,8 @@ impl Request {
                 | Request::Stats
                 | Request::Perf
                 | Request::Drops
+                | Request::RxqList
+                | Request::RxqRebalance { dry_run: true, .. }
         )
     }
 }
@@ -280,6 +298,11 @@ impl std::fmt::Display for Request {
                 let filter = serde_json::to_string(filter).unwrap_or_default();
                 write!(f, "connection del {filter}")
             }
+            Request::RxqMove { moves } => {
+                let moves = moves.iter().map(|it| format!("{} {} to worker {}", it.link, it.queue, it.worker));
+                write!(f, "rxq move {}", moves.collect::<Vec<_>>().join(", "))
+            }
+            Request::RxqRebalance { loads, .. } => write!(f, "rxq rebalance of {} queues", loads.len()),
             Request::EndpointSet { endpoints } => write!(f, "endpoint set, {}", endpoints.len()),
             Request::EndpointDel { endpoints } => write!(f, "endpoint del, {}", endpoints.len()),
             question => write!(f, "{question:?}"),

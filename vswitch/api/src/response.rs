@@ -11,6 +11,7 @@ use crate::counts::{DropInfo, FlowInfo, PerfInfo, StatsInfo, WorkerInfo};
 use crate::network::{Encap, FdbTarget, MirrorSpec, NetworkMode, StormLimits};
 use crate::policy::{ChangeInfo, ConnectionsInfo, EndpointInfo, ExplainInfo, FlowEvent, PolicyDetail, PolicyInfo};
 use crate::port::{Attachment, Bandwidth, PortMapping, SenderCheck};
+use crate::rxq::{RxqInfo, RxqPlan};
 use crate::service::{EgressInfo, ServiceInfo};
 
 /// The answer to a request.
@@ -99,6 +100,10 @@ pub enum Answer {
     },
     /// To `connection_list`.
     Connections(Box<ConnectionsInfo>),
+    /// To `rxq_list`.
+    Rxq(Box<RxqInfo>),
+    /// To `rxq_rebalance`.
+    Plan(RxqPlan),
     /// To `connection_del`.
     Forgotten {
         /// How many connections.

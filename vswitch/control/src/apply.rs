@@ -43,6 +43,8 @@ impl Control {
             Request::EndpointSet { endpoints } => self.set_endpoints(endpoints),
             Request::EndpointDel { endpoints } => self.delete_endpoints(&endpoints),
             Request::ConnectionDel { filter } => self.connection_del(&filter, backend),
+            Request::RxqMove { moves } => self.move_queues(&moves, backend),
+            Request::RxqRebalance { loads, .. } => self.rebalance(&loads, true, backend),
             other => Err(ApiError::new(ErrorCode::BadRequest, format!("{other:?} changes nothing"))),
         }
     }

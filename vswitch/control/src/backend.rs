@@ -23,6 +23,8 @@ pub struct Attached {
 pub struct SocketSample {
     /// The port.
     pub port: Option<PortId>,
+    /// The queue of its link.
+    pub queue: u32,
     /// The kernel's counters.
     pub kernel: SocketStatistics,
     /// Our side's.
@@ -100,6 +102,13 @@ pub trait Backend {
 
     /// Detaches a port. The link stays.
     fn detach(&mut self, port: PortId);
+
+    /// Has queues of ports' links polled by other workers; what arrives at one meanwhile may be lost.
+    ///
+    /// # Errors
+    ///
+    /// A sentence with the remedy; queues that could not be moved stay where they were.
+    fn move_queues(&mut self, moves: &[(PortId, u32, usize)]) -> Result<(), String>;
 
     /// The numbers of every worker.
     fn sample(&mut self) -> Vec<WorkerSample>;

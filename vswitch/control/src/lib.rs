@@ -38,6 +38,7 @@ pub mod policy;
 mod ports;
 mod report;
 mod routes;
+mod rxq;
 mod services;
 mod state;
 mod stations;

@@ -63,6 +63,8 @@ impl Control {
             Request::Observe { after, filter } => self.observe(after, &filter, &backend.sample())?,
             Request::Stats => Answer::Stats(Box::new(self.stats(&backend.sample()))),
             Request::Perf => Answer::Perf { workers: self.perf(&backend.sample()) },
+            Request::RxqList => Answer::Rxq(Box::new(self.rxq(&backend.sample()))),
+            Request::RxqRebalance { loads, .. } => self.rebalance(&loads, false, backend)?,
             Request::Drops => Answer::Drops { drops: self.drops(&backend.sample()) },
             other => return Err(ApiError::new(ErrorCode::BadRequest, format!("{other:?} is no question"))),
         })

@@ -308,7 +308,7 @@ impl<P: PortIo> Worker<P> {
         self.ports.io.iter().enumerate().filter_map(|(at, io)| Some((PortId(at as u16), io.as_ref()?)))
     }
 
-    /// Port and umem together, for tests that put packets in and take them out.
+    /// Port and umem together, for a port whose queues change, and for tests that put packets in and take them out.
     pub fn port_and_umem(&mut self, port: PortId) -> Option<(&mut P, &mut Umem)> {
         Some((self.ports.io.get_mut(port.index())?.as_mut()?, &mut self.umem))
     }

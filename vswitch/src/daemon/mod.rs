@@ -5,6 +5,7 @@ mod requests;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -29,8 +30,8 @@ use crate::follow::Followed;
 use crate::host::HostLink;
 use crate::store::Store;
 use crate::tasks::EVENT_QUEUE;
-use crate::worker::{Setup, Shared, WorkerHandle, choose_cores};
-use crate::{follow, host, server, tasks};
+use crate::worker::{Setup, Shared, WorkerHandle};
+use crate::{cores, follow, host, server, tasks};
 
 /// A host port that could not be made is tried again this much later.
 const HOST_RETRY_NS: u64 = 5_000_000_000;
@@ -111,12 +112,25 @@ async fn live(daemon: &Rc<Daemon>, watch: Watch, events: Receiver<Event>, news: 
 ///
 /// What would keep the daemon from starting.
 pub(crate) fn check(config: &Config) -> anyhow::Result<()> {
-    choose_cores(&config.worker.cores, config.worker.count).map_err(|error| anyhow!(error))?;
+    cores_of(config)?;
     let mut control = Control::new(control_config(config));
     // A configuration adds no ports, so there is nothing to attach.
     let connections = Arc::new(Connections::new(config.connections.config(&config.policy, 0)));
     let mut links = Links::new(Vec::new(), connections, config.daemon.xdp_mode.into(), None, 0, clock_start());
     configure(config, &mut control, &mut links)
+}
+
+/// The core of each worker.
+fn cores_of(config: &Config) -> anyhow::Result<Vec<Option<usize>>> {
+    let near: Vec<usize> = config.uplink.all().flat_map(|link| cores::near(Path::new(cores::SYSFS), link)).collect();
+    let sizes = &config.worker;
+    let chosen = cores::choose(&sizes.cores, sizes.count, &cores::allowed(), &near).map_err(|error| anyhow!(error))?;
+    for core in chosen.iter().flatten().filter(|core| !near.is_empty() && !near.contains(core)) {
+        warn!(
+            "core {core} is not on the NUMA node of the uplink: packets cross between nodes; cores {near:?} are near"
+        );
+    }
+    Ok(chosen)
 }
 
 /// Applies the configuration file.
@@ -169,7 +183,7 @@ impl Daemon {
         let shared =
             Shared { snapshot: snapshot.clone(), events, news: news.clone(), connections: connections.clone(), start };
         let sizes = &config.worker;
-        let cores = choose_cores(&sizes.cores, sizes.count).map_err(|error| anyhow!(error))?;
+        let cores = cores_of(&config)?;
         let workers = (0..sizes.count)
             .map(|index| {
                 let setup = Setup {

@@ -109,6 +109,7 @@ pub struct Binder {
 #[derive(Debug)]
 pub struct BoundSocket {
     fd: Arc<OwnedFd>,
+    queue: u32,
     rings: Rings,
     mode: CopyMode,
     zero_copy_refusal: Option<String>,
@@ -147,7 +148,7 @@ impl Binder {
         for donor in donors.iter().rev().filter_map(Weak::upgrade) {
             let (fd, rings) = open()?;
             match bind_patiently(fd.as_fd(), ifindex, queue, libc::XDP_SHARED_UMEM, Some(donor.as_fd())) {
-                Ok(()) => return Ok(adopt(donors, fd, rings, mode)),
+                Ok(()) => return Ok(adopt(donors, fd, queue, rings, mode)),
                 // The donor's link is gone; ask the next.
                 Err(error) if error.raw_os_error() == Some(libc::EBADF) => {}
                 Err(source) => return Err(BindError::Bind { ifindex, queue, source }),
@@ -170,7 +171,7 @@ impl Binder {
             queue,
             source,
         })?;
-        Ok(adopt(donors, fd, rings, mode))
+        Ok(adopt(donors, fd, queue, rings, mode))
     }
 }
 
@@ -178,7 +179,7 @@ impl BoundSocket {
     /// Makes the socket one of `umem`'s.
     pub fn adopt(self, umem: &mut Umem) -> XskSocket {
         let slot = umem.open_slot();
-        XskSocket::new(self.fd, self.rings, self.mode, slot)
+        XskSocket::new(self.fd, self.queue, self.rings, self.mode, slot)
     }
 
     /// Whether the kernel copies.
@@ -198,10 +199,10 @@ impl AsFd for BoundSocket {
     }
 }
 
-fn adopt(donors: &mut Vec<Weak<OwnedFd>>, fd: OwnedFd, rings: Rings, mode: CopyMode) -> BoundSocket {
+fn adopt(donors: &mut Vec<Weak<OwnedFd>>, fd: OwnedFd, queue: u32, rings: Rings, mode: CopyMode) -> BoundSocket {
     let fd = Arc::new(fd);
     donors.push(Arc::downgrade(&fd));
-    BoundSocket { fd, rings, mode, zero_copy_refusal: None }
+    BoundSocket { fd, queue, rings, mode, zero_copy_refusal: None }
 }
 
 fn open() -> Result<(OwnedFd, Rings), BindError> {

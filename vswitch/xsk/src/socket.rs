@@ -71,6 +71,8 @@ pub struct KickCounters {
     pub strange_descs: u64,
     /// Packets the kernel sent down in more than 18 frames, dropped.
     pub oversized: u64,
+    /// Packets received.
+    pub received: u64,
 }
 
 /// A checksum that the receiving stack or device shall complete, in bytes from the packet's start.
@@ -86,6 +88,7 @@ pub struct TxChecksum {
 #[derive(Debug)]
 pub struct XskSocket {
     slot: Slot,
+    queue: u32,
     mode: CopyMode,
     rx: Consumer<Desc>,
     tx: Producer<Desc>,
@@ -119,10 +122,11 @@ pub(crate) struct Rings {
 }
 
 impl XskSocket {
-    pub(crate) fn new(fd: Arc<OwnedFd>, rings: Rings, mode: CopyMode, slot: Slot) -> XskSocket {
+    pub(crate) fn new(fd: Arc<OwnedFd>, queue: u32, rings: Rings, mode: CopyMode, slot: Slot) -> XskSocket {
         let Rings { rx, tx, fill, completion } = rings;
         XskSocket {
             slot,
+            queue,
             mode,
             rx,
             tx,
@@ -147,6 +151,11 @@ impl XskSocket {
         self.fill_min = share.clamp(FILL_MIN, FILL_MIN_SHARED);
         self.fill_target = self.fill_min;
         self
+    }
+
+    /// The queue of its link that it is bound to.
+    pub fn queue(&self) -> u32 {
+        self.queue
     }
 
     /// Whether the kernel copies.
@@ -226,7 +235,9 @@ impl XskSocket {
         if self.filled < self.fill_target {
             self.refill(umem);
         }
-        out.len() - before
+        let count = out.len() - before;
+        self.counters.received += count as u64;
+        count
     }
 
     /// Queues a packet for [`flush`](Self::flush), with the request to complete a checksum if there is one.

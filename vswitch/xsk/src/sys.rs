@@ -119,6 +119,12 @@ pub(crate) fn map_anonymous(bytes: usize) -> io::Result<NonNull<u8>> {
     Ok(base)
 }
 
+/// Has the kernel give the pages of a mapping. A hint only: failure changes nothing.
+pub(crate) fn populate(base: NonNull<u8>, bytes: usize) {
+    // SAFETY: reads no memory of ours and changes no contents: pages that are there stay as they are (madvise(2)).
+    unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_POPULATE_WRITE) };
+}
+
 /// Asks for huge pages under memory that nobody has written to yet. A hint only: failure changes nothing.
 pub(crate) fn advise_huge<T>(memory: &mut [mem::MaybeUninit<T>]) {
     const PAGE: usize = 4096;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::area::Area;
 use crate::frame::{Frame, HEADROOM, MAX_FRAMES, Packet, Tail};
+use crate::sys;
 
 /// Size of a chunk: one page, so that a received frame holds 3,840 bytes and 17 of them a packet of a 65,000-byte link.
 pub const CHUNK_BYTES: usize = 4096;
@@ -71,6 +72,12 @@ impl Umem {
             links: vec![Link::default(); chunks],
             slots: Vec::new(),
         })
+    }
+
+    /// Has the kernel give all pages now, from the NUMA node of the caller's core. A hint: a kernel that cannot (before 5.14) gives them
+    /// as they are used.
+    pub fn populate(&self) {
+        sys::populate(self.area.base(), self.area.bytes());
     }
 
     /// Chunks in all.
