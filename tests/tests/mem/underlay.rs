@@ -41,6 +41,7 @@ fn switch(encap: &str, vlan: Option<u16>) -> (Switch, PortId) {
         subnets: vec!["10.0.0.0/8".parse().unwrap()],
         ranges: vec!["10.1.0.0/24".parse().unwrap()],
         services: Vec::new(),
+        subnet_mtu: None,
         gateway_v4: None,
         gateway_v6: None,
         spoof_check: true,

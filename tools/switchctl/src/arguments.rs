@@ -236,6 +236,9 @@ pub(crate) struct NetworkAdd {
     /// What this node's IPAM gives out; may be repeated.
     #[arg(long = "range", value_name = "PREFIX")]
     ranges: Vec<IpNet>,
+    /// MTU of pods' routes to the subnets, where all nodes are switches like this one, which cut TCP and join it.
+    #[arg(long, value_name = "BYTES")]
+    subnet_mtu: Option<u32>,
     /// Where services have their addresses, in a routed network; may be repeated.
     #[arg(long = "services", value_name = "PREFIX")]
     services: Vec<IpNet>,
@@ -501,6 +504,7 @@ impl NetworkAdd {
             subnets: self.subnets.clone(),
             ranges: self.ranges.clone(),
             services: self.services.clone(),
+            subnet_mtu: self.subnet_mtu,
             gateway_v4: self.gateway_v4,
             gateway_v6: self.gateway_v6,
             spoof_check: !self.no_spoof_check,

@@ -40,6 +40,10 @@ pub struct NetworkSpec {
     /// other; a service elsewhere is reached with what fits the wire.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<IpNet>,
+    /// Routed networks: MTU of pods' routes to the IPv4 prefixes of `subnets`, bytes; none for what the wire carries. More is for
+    /// clusters whose nodes all are switches like this: TCP is cut here to what the wire carries, and joined there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subnet_mtu: Option<u32>,
     /// Bridged networks: an IPv4 router in the network, for the pods' default route.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway_v4: Option<Ipv4Addr>,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use vswitch_net::{MacAddr, PortId, Vni};
 
 use crate::counts::{DropInfo, FlowInfo, PerfInfo, StatsInfo, WorkerInfo};
+use crate::defaults::is_no;
 use crate::network::{Encap, FdbTarget, MirrorSpec, NetworkMode, StormLimits};
 use crate::policy::{ChangeInfo, ConnectionsInfo, EndpointInfo, ExplainInfo, FlowEvent, PolicyDetail, PolicyInfo};
 use crate::port::{Attachment, Bandwidth, PortMapping, SenderCheck};
@@ -321,6 +322,9 @@ pub struct PodRoute {
     pub gateway: Option<IpAddr>,
     /// MTU of the route; none for the link's.
     pub mtu: Option<u32>,
+    /// True if path MTU discovery is left to those who ask for it: what is too large for the way may be cut there.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub is_locked: bool,
 }
 
 /// A network.

@@ -5,7 +5,7 @@ use vswitch_api::{
     Answer, ApiError, Encap, ErrorCode, FdbSpec, FdbTarget, NetworkMode, NetworkSpec, PeerSpec, Request, RouteSpec,
 };
 use vswitch_dataplane::Location;
-use vswitch_net::{MacAddr, NetworkIndex, PeerIndex};
+use vswitch_net::{MacAddr, NetworkIndex, POD_LINK_MTU, POD_LINK_MTU_MIN, PeerIndex};
 
 use crate::backend::Backend;
 use crate::checks::{check_mac, check_name, check_prefix, check_prefixes, check_unicast, conflict, exhausted, invalid};
@@ -65,6 +65,18 @@ impl Control {
         let is_pods = |prefix: &&IpNet| pods().any(|pods| pods.contains(*prefix) || prefix.contains(pods));
         if let Some(prefix) = spec.services.iter().find(is_pods) {
             return Err(invalid(format!("services: {prefix} overlaps the pods' addresses: choose another one")));
+        }
+        if let Some(mtu) = spec.subnet_mtu {
+            if spec.mode != NetworkMode::Routed || spec.subnets.is_empty() {
+                return Err(invalid(
+                    "subnet_mtu is for routed networks with subnets: it is the MTU of routes to these",
+                ));
+            }
+            if !(POD_LINK_MTU_MIN..=POD_LINK_MTU).contains(&mtu) {
+                return Err(invalid(format!(
+                    "subnet_mtu: {mtu} is not allowed; allowed are {POD_LINK_MTU_MIN} to {POD_LINK_MTU}"
+                )));
+            }
         }
         if spec.mode != NetworkMode::Routed && !spec.services.is_empty() {
             return Err(invalid("services are for routed networks: in a bridged one nobody is asked for a way"));

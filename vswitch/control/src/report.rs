@@ -130,19 +130,23 @@ impl Control {
                 destination,
                 gateway: None,
                 mtu: on_link_mtu,
+                is_locked: false,
             }));
             if network.spec.mode == NetworkMode::Routed {
                 let local = network.spec.ranges.iter().chain(&network.spec.services).filter(of_family);
-                routes.extend(local.map(|&destination| PodRoute { destination, gateway, mtu: None }));
+                routes.extend(local.map(|&destination| PodRoute { destination, gateway, mtu: None, is_locked: false }));
             }
-            if gateway.is_some() && !spec.default_route {
-                // Another interface has the default route; the network's own prefixes are all that is left.
-                let rest =
-                    network.spec.subnets.iter().filter(of_family).filter(|_| network.spec.mode == NetworkMode::Routed);
-                routes.extend(rest.map(|&destination| PodRoute { destination, gateway, mtu: wire }));
+            // Where another interface has the default route, the network's own prefixes are all that is left.
+            // IPv6 datagrams are never cut on their way (RFC 8200 section 5), so those routes tell what the wire carries.
+            let wanted = network.spec.subnet_mtu.filter(|_| !is_v6);
+            if network.spec.mode == NetworkMode::Routed && (!spec.default_route || wanted.is_some()) {
+                let mtu = wanted.map(|wanted| wanted.min(mtu)).or(wire);
+                let is_locked = mtu > wire;
+                let rest = network.spec.subnets.iter().filter(of_family);
+                routes.extend(rest.map(|&destination| PodRoute { destination, gateway, mtu, is_locked }));
             }
             if gateway.is_some() && spec.default_route {
-                routes.push(PodRoute { destination: anywhere, gateway, mtu: wire });
+                routes.push(PodRoute { destination: anywhere, gateway, mtu: wire, is_locked: false });
             }
         }
         routes

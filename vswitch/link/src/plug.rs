@@ -138,7 +138,7 @@ async fn configure(pod: &Kernel, netns: &Netns, ifname: &str, mtu: u32, info: &P
         pod.add_address(link.ifindex, address).await?;
     }
     for route in &info.routes {
-        match pod.add_route(link.ifindex, route.destination, route.gateway, route.mtu).await {
+        match pod.add_route(link.ifindex, route).await {
             Err(error) if error.errno() == Some(EEXIST) => return Err(PlugError::RouteExists(route.destination)),
             other => other?,
         }
@@ -169,7 +169,7 @@ pub async fn update_routes(netns: &Path, mac: MacAddr, routes: &[PodRoute]) -> R
         };
         let ours = known.iter().find(is_ours);
         if ours.is_some_and(|ours| ours.next_hops[0].mtu != route.mtu) {
-            pod.replace_route(link.ifindex, route.destination, route.gateway, route.mtu).await?;
+            pod.replace_route(link.ifindex, route).await?;
         }
     }
     Ok(())

@@ -8,6 +8,7 @@ use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteMetric, RouteScope};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use vswitch_api::PodRoute;
 use vswitch_net::MacAddr;
 
 use crate::{ENODEV, Kernel, LinkError, Netns, errno, refused};
@@ -130,20 +131,14 @@ impl Kernel {
     /// # Errors
     ///
     /// [`LinkError::Refused`].
-    pub async fn replace_route(
-        &self,
-        ifindex: u32,
-        destination: IpNet,
-        gateway: Option<IpAddr>,
-        mtu: Option<u32>,
-    ) -> Result<(), LinkError> {
+    pub async fn replace_route(&self, ifindex: u32, route: &PodRoute) -> Result<(), LinkError> {
         self.handle
             .route()
-            .add(pod_route(ifindex, destination, gateway, mtu))
+            .add(pod_route(ifindex, route))
             .replace()
             .execute()
             .await
-            .map_err(|error| refused(format!("change route {destination}"), error))
+            .map_err(|error| refused(format!("change route {}", route.destination), error))
     }
 
     /// Adds a route out of a link; without a gateway the destination is on the link.
@@ -151,26 +146,25 @@ impl Kernel {
     /// # Errors
     ///
     /// [`LinkError::Refused`].
-    pub async fn add_route(
-        &self,
-        ifindex: u32,
-        destination: IpNet,
-        gateway: Option<IpAddr>,
-        mtu: Option<u32>,
-    ) -> Result<(), LinkError> {
+    pub async fn add_route(&self, ifindex: u32, route: &PodRoute) -> Result<(), LinkError> {
         self.handle
             .route()
-            .add(pod_route(ifindex, destination, gateway, mtu))
+            .add(pod_route(ifindex, route))
             .execute()
             .await
-            .map_err(|error| refused(format!("add route {destination}"), error))
+            .map_err(|error| refused(format!("add route {}", route.destination), error))
     }
 }
 
-fn pod_route(ifindex: u32, destination: IpNet, gateway: Option<IpAddr>, mtu: Option<u32>) -> RouteMessage {
-    let mut message = route_message(ifindex, destination, gateway);
-    if let Some(mtu) = mtu {
-        message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
+/// The metrics that a route keeps whatever the network says, as bits by their numbers: `RTAX_MTU` is 2 (`linux/rtnetlink.h`).
+const LOCKED_MTU: u32 = 1 << 2;
+
+fn pod_route(ifindex: u32, route: &PodRoute) -> RouteMessage {
+    let mut message = route_message(ifindex, route.destination, route.gateway);
+    if let Some(mtu) = route.mtu {
+        let mut metrics = vec![RouteMetric::Mtu(mtu)];
+        metrics.extend(route.is_locked.then_some(RouteMetric::Lock(LOCKED_MTU)));
+        message.attributes.push(RouteAttribute::Metrics(metrics));
     }
     message
 }

@@ -200,6 +200,14 @@ impl Daemon {
                 })
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
+        if config.worker.offloaded().is_some()
+            && let Some(network) = config.network.iter().find(|network| network.subnet_mtu.is_some())
+        {
+            warn!(
+                "network {}: subnet_mtu makes packets that worker.offload cannot forward: choose one of the two",
+                network.name
+            );
+        }
         let control = Control::new(control_config(&config));
         let links = Links::new(
             workers,

@@ -241,7 +241,7 @@ crossed; `ovs` Open vSwitch's userspace datapath on AF_XDP ports; `forward` move
 nothing else; `redirect` has the kernel redirect them by XDP. The generator and all that the kernel does on reception run on
 the first core, a switch's one worker on the last; two workers, and a second node's, take the core before it, which on two cores is
 the generator's. iperf3 is not pinned. Pods are as each system's own documents make them: those of `vswitch` have links of 65,000
-bytes and leave checksums to it; those of `bridge` have 1,500 bytes with all offloads; those of `ovs` and `forward`, whose AF_XDP
+bytes and leave checksums to it, and `subnet_mtu` of six times the wire's (not with the offload); those of `bridge` have 1,500 bytes with all offloads; those of `ovs` and `forward`, whose AF_XDP
 ports take neither partial checksums nor segments, 1,500 bytes and `tx off`.
 ";
 

@@ -132,8 +132,9 @@ impl System {
             (None, _) => daemons.push(lab.daemon(&node, "node1", &self.config(1, ""))?),
             (Some(other), Topology::Wire(mtu)) => {
                 cable(&mut lab, &node, other, mtu)?;
-                daemons.push(lab.daemon(&node, "node1", &self.config(1, &underlay(2)))?);
-                daemons.push(lab.daemon(other, "node2", &self.config(2, &underlay(1)))?);
+                let wide = self.wide_routes(mtu);
+                daemons.push(lab.daemon(&node, "node1", &self.config(1, &(wide.clone() + &underlay(2))))?);
+                daemons.push(lab.daemon(other, "node2", &self.config(2, &(wide + &underlay(1))))?);
             }
             (Some(other), _) => {
                 cable(&mut lab, &node, other, 1500)?;
@@ -178,6 +179,11 @@ impl System {
         let gateway = "02:76:73:77:00:01".to_owned();
         let ends = <[End; 2]>::try_from(pods).map_err(|_| anyhow::anyhow!("two ends"))?;
         Site::new(lab, ends, [gateway.clone(), gateway], &node, daemons, Vec::new())
+    }
+
+    /// What the documents say to clusters of this switch alone: a key of the network.
+    fn wide_routes(self, wire: u32) -> String {
+        if self == System::VswitchOffload { String::new() } else { format!("subnet_mtu = {}\n", wire * 6) }
     }
 
     fn config(self, node: u32, underlay: &str) -> String {
