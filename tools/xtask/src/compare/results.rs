@@ -75,6 +75,27 @@ const TARGETS: &[Target] = &[
         System::Bridge,
         Bound::AtLeast(1.0),
     ),
+    Target::new(
+        "64 B over VXLAN, out, offload",
+        System::VswitchOffload,
+        "rate/encap/64/10000",
+        System::Bridge,
+        Bound::AtLeast(4.0),
+    ),
+    Target::new(
+        "64 B over VXLAN, in, offload",
+        System::VswitchOffload,
+        "rate/decap/64/10000",
+        System::Bridge,
+        Bound::AtLeast(4.0),
+    ),
+    Target::new(
+        "TCP over VXLAN, wire 1500, 1 stream, offload",
+        System::VswitchOffload,
+        "tcp/wire1500/1",
+        System::Bridge,
+        Bound::AtLeast(1.0),
+    ),
     Target::new("RTT p99, busy", System::VswitchBusy, "rtt/local/tcp p99", System::Bridge, Bound::AtMost(1.2)),
     Target::new("RTT p99, adaptive", System::Vswitch, "rtt/local/tcp p99", System::Bridge, Bound::AtMost(2.0)),
     Target {
