@@ -10,21 +10,17 @@ use std::net::Ipv6Addr;
 /// Adds the bytes of one contiguous piece. Pieces before the last must have even length.
 ///
 /// Words are added in the machine's order, eight bytes at a time: the one's-complement sum does not depend on byte
-/// order but for one swap at the end (RFC 1071 section 2 B).
+/// order but for one swap at the end (RFC 1071 section 2 B). Carries are gathered in the upper half, so that no addition waits for
+/// another one's.
 pub fn sum(bytes: &[u8]) -> u32 {
-    let mut wide: u64 = 0;
-    let mut chunks = bytes.chunks_exact(8);
-    for chunk in &mut chunks {
-        let word = u64::from_ne_bytes([chunk[0], chunk[1], chunk[2], chunk[3], chunk[4], chunk[5], chunk[6], chunk[7]]);
-        let (total, carry) = wide.overflowing_add(word);
-        wide = total + u64::from(carry);
-    }
-    let rest = chunks.remainder();
+    let (words, rest) = bytes.as_chunks::<8>();
     let mut last = [0; 8];
     last[..rest.len()].copy_from_slice(rest);
-    let (total, carry) = wide.overflowing_add(u64::from_ne_bytes(last));
-    wide = total + u64::from(carry);
-    let folded = fold64(wide);
+    let wide = words
+        .iter()
+        .fold(u128::from(u64::from_ne_bytes(last)), |wide, word| wide + u128::from(u64::from_ne_bytes(*word)));
+    let (total, carry) = (wide as u64).overflowing_add((wide >> 64) as u64);
+    let folded = fold64(total + u64::from(carry));
     u32::from(u16::from_be_bytes(folded.to_ne_bytes()))
 }
 
