@@ -73,8 +73,10 @@ pub struct MemBackend {
     pub broken: Vec<String>,
     /// Workers beside it, that exist in samples only.
     pub others: Vec<WorkerSample>,
-    /// Queues that control had moved.
-    pub moved: Vec<(PortId, u32, usize)>,
+    /// Queues, which exist in these words only.
+    pub queues: Vec<(PortId, u32, Option<usize>)>,
+    /// Those of them that cannot be moved.
+    pub broken_queues: Vec<u32>,
 }
 
 impl Backend for MemBackend {
@@ -90,8 +92,16 @@ impl Backend for MemBackend {
         self.worker.remove_port(port);
     }
 
-    fn move_queues(&mut self, moves: &[(PortId, u32, usize)]) -> Result<(), String> {
-        self.moved.extend(moves);
+    fn queues(&self) -> Vec<(PortId, u32, Option<usize>)> {
+        self.queues.clone()
+    }
+
+    fn move_queue(&mut self, port: PortId, queue: u32, worker: usize) -> Result<(), String> {
+        if self.broken_queues.contains(&queue) {
+            return Err("it is broken".to_owned());
+        }
+        let known = self.queues.iter_mut().find(|(at, number, _)| (*at, *number) == (port, queue));
+        known.ok_or("no such queue")?.2 = Some(worker);
         Ok(())
     }
 
@@ -141,7 +151,14 @@ impl Switch {
         let worker = Worker::new(umem, config, connections.clone());
         let mut switch = Switch {
             control: Control::new(ControlConfig::default()),
-            backend: MemBackend { worker, connections, broken: Vec::new(), others: Vec::new(), moved: Vec::new() },
+            backend: MemBackend {
+                worker,
+                connections,
+                broken: Vec::new(),
+                others: Vec::new(),
+                queues: Vec::new(),
+                broken_queues: Vec::new(),
+            },
             snapshot: Arc::default(),
             now_ns: 1,
         };

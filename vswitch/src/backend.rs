@@ -53,8 +53,8 @@ enum Offload {
 struct AttachedLink {
     ifindex: u32,
     zero_copy: ZeroCopy,
-    /// Which worker has each queue.
-    owners: Vec<usize>,
+    /// Which worker has each queue; none if it could not be bound again.
+    owners: Vec<Option<usize>>,
     /// What the link had lost when it was first looked at, and has lost now.
     lost: Option<(u64, u64)>,
     program: AttachedProgram,
@@ -242,31 +242,9 @@ impl Links {
         for (worker, sockets) in self.workers.iter().zip(sockets) {
             worker.insert(port, sockets);
         }
-        let owners = (0..attached.copy_modes.len()).map(|queue| first_owner(queue, self.workers.len())).collect();
+        let owners = (0..attached.copy_modes.len()).map(|queue| Some(first_owner(queue, self.workers.len()))).collect();
         self.attached.insert(port, AttachedLink { ifindex, zero_copy, owners, lost: None, program });
         Ok(attached)
-    }
-
-    /// Closes a queue's socket and binds another one for a worker.
-    fn move_queue(&mut self, port: PortId, queue: u32, to: usize) -> Result<(), String> {
-        let (Some(link), Some(programs)) = (self.attached.get_mut(&port), &mut self.programs) else {
-            return Err("the link is gone".to_owned());
-        };
-        let owner = link.owners.get_mut(queue as usize).ok_or("the link has no such queue")?;
-        self.workers[*owner].remove_queue(port, queue);
-        let mut bind = |worker: &mut WorkerHandle| {
-            let socket = worker.binder.bind(link.ifindex, queue, link.zero_copy).map_err(|error| error.to_string())?;
-            programs.set_socket(&link.program, queue, &socket).map_err(|error| error.to_string())?;
-            worker.add_queue(port, socket);
-            Ok(())
-        };
-        let moved = bind(&mut self.workers[to]);
-        if moved.is_ok() {
-            *owner = to;
-            return Ok(());
-        }
-        // Back to where it was, so that nobody is deaf.
-        bind(&mut self.workers[*owner]).and(moved)
     }
 
     /// A socket for each queue of a link, by worker.
@@ -329,11 +307,51 @@ impl Backend for Links {
         self.workers.iter().for_each(|worker| worker.remove(port));
     }
 
-    fn move_queues(&mut self, moves: &[(PortId, u32, usize)]) -> Result<(), String> {
-        for &(port, queue, worker) in moves {
-            self.move_queue(port, queue, worker).map_err(|error| format!("queue {queue} was not moved: {error}"))?;
+    fn queues(&self) -> Vec<(PortId, u32, Option<usize>)> {
+        let of = |(&port, link): (&PortId, &AttachedLink)| {
+            let owners = link.owners.clone();
+            owners.into_iter().enumerate().map(move |(queue, owner)| (port, queue as u32, owner))
+        };
+        self.attached.iter().flat_map(of).collect()
+    }
+
+    fn move_queue(&mut self, port: PortId, queue: u32, to: usize) -> Result<(), String> {
+        // Before anything is closed: who gets it must be able to take it.
+        let free = self.workers[to].sample().map(|sample| sample.umem_free);
+        match free {
+            None => return Err(format!("worker {to} does not answer: see `switchctl status`")),
+            Some(free) if free < FRAMES_OF_A_PORT => {
+                return Err(format!("worker {to} has {free} free frames left, too few: raise worker.umem_frames"));
+            }
+            Some(_) => {}
         }
-        Ok(())
+        let (Some(link), Some(programs)) = (self.attached.get_mut(&port), &mut self.programs) else {
+            return Err("the link is gone".to_owned());
+        };
+        let owner = link.owners.get_mut(queue as usize).ok_or("the link has no such queue")?;
+        if let Some(from) = *owner
+            && !self.workers[from].remove_queue(port, queue)
+        {
+            return Err(format!("worker {from} does not answer: see `switchctl status`"));
+        }
+        let mut bind = |worker: &mut WorkerHandle| {
+            let socket = worker.binder.bind(link.ifindex, queue, link.zero_copy).map_err(|error| error.to_string())?;
+            programs.set_socket(&link.program, queue, &socket).map_err(|error| error.to_string())?;
+            worker.add_queue(port, socket);
+            Ok(())
+        };
+        let Err(error) = bind(&mut self.workers[to]) else {
+            *owner = Some(to);
+            return Ok(());
+        };
+        // Back to where it was, so that it is not deaf.
+        match owner.map(|from| bind(&mut self.workers[from])) {
+            Some(Ok(())) => Err(error),
+            _ => {
+                *owner = None;
+                Err(format!("{error}; nobody polls it now: move it again, to any worker"))
+            }
+        }
     }
 
     fn sample(&mut self) -> Vec<WorkerSample> {

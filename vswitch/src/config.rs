@@ -151,7 +151,7 @@ impl Default for Worker {
             cores: Vec::new(),
             poll: Poll::Adaptive,
             idle_turns: 200,
-            umem_frames: 16_384,
+            umem_frames: 32_768,
             flow_entries: 131_072,
             offload: Offload::Off,
             offload_flows: 65_536,

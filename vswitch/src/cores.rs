@@ -14,7 +14,7 @@ pub(crate) fn allowed() -> Vec<usize> {
     core_affinity::get_core_ids().unwrap_or_default().iter().map(|core| core.id).collect()
 }
 
-/// The cores on the NUMA node of a link's device; none if it has no device, or the machine one node.
+/// The cores on the NUMA node of a link's device; none if it has no device, or one that says no node.
 pub(crate) fn near(sysfs: &Path, link: &str) -> Vec<usize> {
     let read = |path: &str| fs::read_to_string(sysfs.join(path)).unwrap_or_default();
     // -1 says that it is the same from everywhere.

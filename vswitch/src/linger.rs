@@ -8,14 +8,15 @@
 //!
 //! # Why this way
 //!
-//! How long is learned, as KVM learns how long to poll before a halt (kernel document `virt/kvm/halt-polling.rst`): a sleep that a packet
-//! ended soon was too early, so the next one is put off for longer; one that lasted was right, and the next comes sooner. Pings and
-//! requests then find the worker awake, and a quiet node's worker sleeps at once.
+//! How long is learned, as KVM learns how long to poll before a halt (kernel document `virt/kvm/halt-polling.rst`). A packet that ended
+//! a sleep tells how long there was nothing to do: if that was short, staying awake would have been better, and the next sleep is put off
+//! for longer; if it was long, lingering is in vain, and the next sleep comes sooner. Pings and requests then find the worker awake, and
+//! a quiet node's worker sleeps at once.
 //!
 //! A worker that is busy for much of its time does not linger: what it would gain is little beside its work, and the core is better
 //! given to those who make and take the packets.
 
-/// A sleep that a packet ends within this time would have been better spent awake. Also the longest time to linger.
+/// A packet that comes within this time after the last is better awaited awake. Also the longest time to linger.
 const WORTH_NS: u64 = 100_000;
 
 /// Where lingering starts, and below which it is not worth it.
@@ -29,7 +30,8 @@ const WINDOW_NS: u64 = 1_000_000;
 #[derive(Debug, Default)]
 pub(crate) struct Linger {
     span_ns: u64,
-    until_ns: Option<u64>,
+    /// Since when there has been nothing to do.
+    idle_from_ns: Option<u64>,
     /// When the last window began, and how long the worker had been busy in all by then.
     window: (u64, u64),
     is_busy: bool,
@@ -43,24 +45,25 @@ impl Linger {
             self.is_busy = (busy_ns - busy_before_ns) * BUSY_DIVISOR > now_ns - from_ns;
             self.window = (now_ns, busy_ns);
         }
-        !self.is_busy && now_ns < *self.until_ns.get_or_insert(now_ns + self.span_ns)
+        let idle_from_ns = *self.idle_from_ns.get_or_insert(now_ns);
+        !self.is_busy && now_ns < idle_from_ns + self.span_ns
     }
 
     /// There is something to do: what comes after it is another time.
     pub(crate) fn interrupt(&mut self) {
-        self.until_ns = None;
+        self.idle_from_ns = None;
     }
 
-    /// Takes in how long a sleep was, and whether a packet ended it.
-    pub(crate) fn learn(&mut self, slept_ns: u64, is_packet: bool) {
-        self.until_ns = None;
-        if slept_ns > WORTH_NS {
+    /// Takes in that a packet ended a sleep at `now_ns`. What else ends one, a command or a timeout, teaches nothing.
+    pub(crate) fn learn(&mut self, now_ns: u64) {
+        let Some(idle_from_ns) = self.idle_from_ns else { return };
+        if now_ns - idle_from_ns <= WORTH_NS {
+            self.span_ns = (self.span_ns * 2).clamp(LEAST_NS, WORTH_NS);
+        } else {
             self.span_ns /= 2;
             if self.span_ns < LEAST_NS {
                 self.span_ns = 0;
             }
-        } else if is_packet {
-            self.span_ns = (self.span_ns * 2).clamp(LEAST_NS, WORTH_NS);
         }
     }
 }
@@ -69,38 +72,56 @@ impl Linger {
 mod tests {
     use super::*;
 
+    /// A worker that meets a packet after each of so many gaps, and is never busy; how long it lingered in all.
+    fn lingered(linger: &mut Linger, now_ns: &mut u64, gap_ns: u64, count: usize) -> u64 {
+        const STEP_NS: u64 = 500;
+        let mut total = 0;
+        for _ in 0..count {
+            linger.interrupt();
+            let arrival_ns = *now_ns + gap_ns;
+            while *now_ns < arrival_ns && linger.goes_on(*now_ns, 0) {
+                *now_ns += STEP_NS;
+                total += STEP_NS;
+            }
+            if *now_ns < arrival_ns {
+                *now_ns = arrival_ns;
+                linger.learn(*now_ns);
+            }
+        }
+        total
+    }
+
     #[test]
-    fn short_sleeps_make_it_linger_and_long_ones_do_not() {
+    fn it_lingers_for_what_comes_soon_and_not_for_what_does_not() {
+        let (mut linger, mut now_ns) = (Linger::default(), 0);
+        let mut lingered = |linger: &mut Linger, gap_ns, count| lingered(linger, &mut now_ns, gap_ns, count);
+        lingered(&mut linger, 60_000, 20);
+        assert_eq!(linger.span_ns, WORTH_NS, "long enough to meet every packet");
+        assert_eq!(lingered(&mut linger, 60_000, 10), 600_000, "awake all the time");
+        // A gap that is longer than it would ever linger, though the sleep at its end is short.
+        lingered(&mut linger, 150_000, 10);
+        assert_eq!(linger.span_ns, 0);
+        assert_eq!(lingered(&mut linger, 150_000, 100), 0, "nothing is spent on what it gains nothing from");
+    }
+
+    #[test]
+    fn timeouts_do_not_begin_it_anew() {
         let mut linger = Linger::default();
-        assert!(!linger.goes_on(1000, 0), "nothing was learned yet");
-        for _ in 0..10 {
-            linger.learn(30_000, true);
-        }
-        assert!(linger.goes_on(5000, 0));
-        assert!(linger.goes_on(5000 + WORTH_NS - 1, 0));
-        assert!(!linger.goes_on(5000 + WORTH_NS, 0));
+        linger.goes_on(0, 0);
+        linger.learn(30_000);
         linger.interrupt();
-        assert!(linger.goes_on(5000 + WORTH_NS, 0), "counted anew after something came");
-        for _ in 0..4 {
-            linger.learn(400_000, true);
-        }
-        assert!(!linger.goes_on(9_000_000, 0));
+        assert!(linger.goes_on(1_000_000, 0));
+        assert!(!linger.goes_on(1_000_000 + LEAST_NS, 0));
+        assert!(!linger.goes_on(2_500_000, 0), "after a sleep that nothing ended");
     }
 
     #[test]
     fn who_is_busy_does_not_linger() {
-        let mut linger = Linger::default();
-        linger.learn(30_000, true);
+        let mut linger = Linger { span_ns: WORTH_NS, ..Linger::default() };
         assert!(linger.goes_on(WINDOW_NS, WINDOW_NS / 10));
         linger.interrupt();
-        assert!(!linger.goes_on(2 * WINDOW_NS, WINDOW_NS / 10 + WINDOW_NS * 3 / 4));
-        assert!(linger.goes_on(3 * WINDOW_NS, WINDOW_NS / 10 + WINDOW_NS * 3 / 4), "and does again when that is over");
-    }
-
-    #[test]
-    fn commands_and_timers_teach_nothing() {
-        let mut linger = Linger::default();
-        linger.learn(10, false);
-        assert!(!linger.goes_on(1, 0));
+        assert!(!linger.goes_on(2 * WINDOW_NS, WINDOW_NS / 10 + WINDOW_NS / 2));
+        linger.interrupt();
+        assert!(linger.goes_on(3 * WINDOW_NS, WINDOW_NS / 10 + WINDOW_NS / 2), "and does again when that is over");
     }
 }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use arc_swap::{ArcSwap, Cache};
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::io::Errno;
 use tokio::sync::Notify;
 use vswitch_control::{FlowSample, MAX_UPLINKS, Own, SocketSample, WorkerSample, WorkerTimes};
 use vswitch_dataplane::connection::Connections;
@@ -191,9 +192,9 @@ impl WorkerHandle {
         self.send(Command::AddQueue(port, Box::new(socket)));
     }
 
-    /// Takes one queue of a port's away and closes its socket.
-    pub(crate) fn remove_queue(&self, port: PortId, queue: u32) {
-        self.close(|answer| Command::RemoveQueue(port, queue, answer));
+    /// Takes one queue of a port's away and closes its socket. False if the worker does not answer.
+    pub(crate) fn remove_queue(&self, port: PortId, queue: u32) -> bool {
+        self.close(|answer| Command::RemoveQueue(port, queue, answer))
     }
 
     /// Takes a port away and closes its sockets.
@@ -201,11 +202,11 @@ impl WorkerHandle {
         self.close(|answer| Command::Remove(port, answer));
     }
 
-    /// Has the worker give sockets away, and closes them here, off the data path.
-    fn close(&self, command: impl FnOnce(Sender<Vec<(Arc<OwnedFd>, Closing)>>) -> Command) {
+    /// Has the worker give sockets away, and closes them here, off the data path. False if it does not answer.
+    fn close(&self, command: impl FnOnce(Sender<Vec<(Arc<OwnedFd>, Closing)>>) -> Command) -> bool {
         let (answer, sockets) = crossbeam_channel::bounded(1);
         self.send(command(answer));
-        let Ok(sockets) = sockets.recv_timeout(ANSWER_TIMEOUT) else { return };
+        let Ok(sockets) = sockets.recv_timeout(ANSWER_TIMEOUT) else { return false };
         let closing = sockets
             .into_iter()
             .map(|(fd, closing)| {
@@ -214,6 +215,7 @@ impl WorkerHandle {
             })
             .collect();
         self.send(Command::Reclaim(closing));
+        true
     }
 
     /// Lets flows be forwarded in the kernel.
@@ -334,7 +336,9 @@ impl WorkerThread {
                 *(if is_busy { &mut self.times.busy_ns } else { &mut self.times.idle_ns }) +=
                     slept_from_ns - self.since_ns;
                 self.times.asleep_ns += woken_ns - slept_from_ns;
-                self.linger.learn(woken_ns - slept_from_ns, is_packet);
+                if is_packet {
+                    self.linger.learn(woken_ns);
+                }
                 self.since_ns = woken_ns;
                 is_busy = false;
             }
@@ -345,7 +349,9 @@ impl WorkerThread {
     fn obey(&mut self, command: Command) -> bool {
         match command {
             Command::Insert(port, sockets) => {
-                let sockets: Vec<XskSocket> = sockets.into_iter().map(|socket| self.adopt(port, socket)).collect();
+                let count = sockets.len();
+                let sockets: Vec<XskSocket> =
+                    sockets.into_iter().map(|socket| self.adopt(port, socket, count)).collect();
                 if let Some(before) = self.worker.insert_port(port, Queues { sockets, turn: 0 }) {
                     self.discard(before);
                 }
@@ -355,12 +361,13 @@ impl WorkerThread {
                 self.give_away(sockets, &answer);
             }
             Command::AddQueue(port, socket) => {
-                let socket = self.adopt(port, *socket);
+                let count = self.worker.port(port).map_or(0, |queues| queues.sockets.len()) + 1;
+                let socket = self.adopt(port, *socket, count);
                 match self.worker.port_and_umem(port) {
                     Some((queues, _)) => queues.sockets.push(socket),
                     None => drop(self.worker.insert_port(port, Queues { sockets: vec![socket], turn: 0 })),
                 }
-                self.worker.wake(port);
+                self.poll(port);
             }
             Command::RemoveQueue(port, queue, answer) => {
                 let sockets = self.worker.port_and_umem(port).map_or_else(Vec::new, |(queues, _)| {
@@ -398,10 +405,11 @@ impl WorkerThread {
     }
 
     /// Makes a socket one of this worker's.
-    fn adopt(&mut self, port: PortId, socket: BoundSocket) -> XskSocket {
+    /// It is one of so many of its port.
+    fn adopt(&mut self, port: PortId, socket: BoundSocket, count: usize) -> XskSocket {
         let umem = self.worker.umem_mut();
         let socket = socket.adopt(umem);
-        if port.index() < MAX_UPLINKS { socket.expect_many(umem) } else { socket }
+        if port.index() < MAX_UPLINKS { socket.expect_many(umem, count) } else { socket }
     }
 
     /// Gives sockets to whoever closes them.
@@ -444,9 +452,18 @@ impl WorkerThread {
         let idle: Vec<PortId> = self.worker.take_idle().collect();
         for port in idle {
             let sockets = self.worker.port(port).map_or(&[][..], |queues| &queues.sockets);
+            let mut is_heard = true;
             for socket in sockets {
                 let data = epoll::EventData::new_u64(u64::from(port.0));
-                let _ = epoll::add(&self.sleeper, socket, data, epoll::EventFlags::IN);
+                // It may be there already, if a queue came while the port was parked.
+                is_heard &= matches!(
+                    epoll::add(&self.sleeper, socket, data, epoll::EventFlags::IN),
+                    Ok(()) | Err(Errno::EXIST)
+                );
+            }
+            if !is_heard {
+                // The kernel has no room for it: polled on, for it would never be heard of again.
+                self.worker.wake(port);
             }
         }
     }
@@ -463,16 +480,20 @@ impl WorkerThread {
                     let _ = rustix::io::read(&self.waker, &mut [0; 8]);
                 }
                 port => {
-                    let port = PortId(port as u16);
-                    for socket in self.worker.port(port).map_or(&[][..], |queues| &queues.sockets) {
-                        let _ = epoll::delete(&self.sleeper, socket);
-                    }
-                    self.worker.wake(port);
+                    self.poll(PortId(port as u16));
                     is_packet = true;
                 }
             }
         }
         is_packet
+    }
+
+    /// Has a port polled that may be parked.
+    fn poll(&mut self, port: PortId) {
+        for socket in self.worker.port(port).map_or(&[][..], |queues| &queues.sockets) {
+            let _ = epoll::delete(&self.sleeper, socket);
+        }
+        self.worker.wake(port);
     }
 
     fn sample(&self) -> WorkerSample {

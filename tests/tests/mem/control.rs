@@ -2,7 +2,7 @@
 
 use serde_json::json;
 use vswitch_api::{Answer, ErrorCode, QueueLoad, QueueMove, Request};
-use vswitch_control::{Control, SocketSample, WorkerSample};
+use vswitch_control::{Control, WorkerSample};
 use vswitch_net::PortId;
 use vswitch_tests::mem::Switch;
 
@@ -260,34 +260,54 @@ fn what_the_configuration_made_is_not_state() {
 #[test]
 fn queues_go_where_a_worker_is() {
     let mut switch = Switch::new();
-    let link = PortId(0);
-    let socket = |queue| SocketSample { port: Some(link), queue, ..SocketSample::default() };
-    // The first worker is the one in memory, which has no sockets.
-    let sample =
-        |queues: &[u32]| WorkerSample { sockets: queues.iter().map(|&at| socket(at)).collect(), ..Default::default() };
-    switch.backend.others = vec![sample(&[0, 1]), sample(&[2])];
+    let (link, pod) = (PortId(0), PortId(20));
+    switch.backend.others = vec![WorkerSample::default(); 2];
+    let queues =
+        vec![(link, 0, Some(0)), (link, 1, Some(1)), (link, 2, Some(2)), (link, 3, Some(2)), (pod, 0, Some(0))];
+    switch.backend.queues = queues.clone();
     let Answer::Rxq(info) = switch.ask(Request::RxqList) else { panic!("another answer") };
-    let owners: Vec<usize> = info.queues.iter().map(|queue| queue.worker).collect();
-    assert_eq!(owners, [1, 1, 2]);
+    let owners: Vec<Option<usize>> = info.queues.iter().map(|queue| queue.worker).collect();
+    assert_eq!(owners, [0, 1, 2, 2, 0].map(Some));
     let name = info.queues[0].link.clone();
     let to = |queue, worker| QueueMove { link: name.clone(), queue, worker };
-    let refused = |switch: &mut Switch, moves: Vec<QueueMove>| {
-        let error = switch.try_ask(Request::RxqMove { moves }).unwrap_err().to_string();
-        assert!(switch.backend.moved.is_empty(), "{error}");
-        error
+    let ask = |switch: &mut Switch, moves: Vec<QueueMove>| {
+        switch.try_ask(Request::RxqMove { moves }).map_err(|error| error.to_string())
     };
-    // All or nothing: the first of the two could be.
-    assert!(refused(&mut switch, vec![to(1, 2), to(9, 2)]).contains("has no queue 9"));
-    assert!(refused(&mut switch, vec![to(1, 7)]).contains("there is no worker 7"));
-    assert!(refused(&mut switch, vec![to(2, 1)]).contains("worker 0 would have no queue"));
-    switch.backend.others.insert(0, sample(&[3]));
-    let loads = vec![
-        QueueLoad { link: name.clone(), queue: 0, load: 500 },
-        QueueLoad { link: name.clone(), queue: 1, load: 400 },
-    ];
-    let Answer::Plan(plan) = switch.ask(Request::RxqRebalance { loads, dry_run: true }) else {
-        panic!("another answer")
+    // All are checked before the first is moved.
+    for (moves, sentence) in [
+        (vec![to(2, 0), to(9, 2)], "has no queue 9"),
+        (vec![to(2, 0), to(1, 7)], "there is no worker 7: they are numbered 0 to 2"),
+        (vec![to(1, 2)], "worker 1 would have no queue"),
+        (vec![QueueMove { link: info.queues[4].link.clone(), queue: 0, worker: 1 }], "only queues of uplinks move"),
+        (vec![QueueMove { link: "eth9".into(), queue: 0, worker: 1 }], "no link eth9 here"),
+    ] {
+        let error = ask(&mut switch, moves).unwrap_err();
+        assert!(error.contains(sentence), "{error}");
+        assert_eq!(switch.backend.queues, queues);
+    }
+    // Worker 1 gets one before it gives one.
+    assert_eq!(ask(&mut switch, vec![to(1, 2), to(3, 1)]), Ok(Answer::Done));
+    let owners = |switch: &Switch| switch.backend.queues.iter().map(|queue| queue.2.unwrap()).collect::<Vec<_>>();
+    assert_eq!(owners(&switch), [0, 2, 2, 1, 0]);
+    switch.backend.broken_queues = vec![0];
+    let error = ask(&mut switch, vec![to(2, 0), to(0, 1)]).unwrap_err();
+    assert!(error.contains("queue 0 of") && error.contains("was not moved"), "{error}");
+    assert_eq!(owners(&switch), [0, 2, 0, 1, 0]);
+    switch.backend.broken_queues.clear();
+    let load = |queue, load| QueueLoad { link: name.clone(), queue, load };
+    let rebalance = |switch: &mut Switch, loads: Vec<QueueLoad>, dry_run| match switch
+        .try_ask(Request::RxqRebalance { loads, dry_run })
+    {
+        Ok(Answer::Plan(plan)) => Ok((plan.before, plan.after, plan.is_applied)),
+        Ok(other) => panic!("{other:?}"),
+        Err(error) => Err(error.to_string()),
     };
-    assert_eq!((plan.before, plan.after), (vec![0, 0, 900, 0], vec![500, 0, 400, 0]));
-    assert!(switch.backend.moved.is_empty() && !plan.is_applied);
+    let error = rebalance(&mut switch, vec![load(0, u32::MAX), load(2, u32::MAX)], false).unwrap_err();
+    assert!(error.contains("allowed are 0 to 1000"), "{error}");
+    let loads = || vec![load(0, 500), load(2, 400), load(3, 300)];
+    let planned = (vec![900, 300, 0], vec![400, 300, 500]);
+    assert_eq!(rebalance(&mut switch, loads(), true), Ok((planned.0.clone(), planned.1.clone(), false)));
+    assert_eq!(owners(&switch), [0, 2, 0, 1, 0]);
+    assert_eq!(rebalance(&mut switch, loads(), false), Ok((planned.0, planned.1, true)));
+    assert_eq!(owners(&switch), [2, 2, 0, 1, 0]);
 }

@@ -242,6 +242,11 @@ print('all')";
         let sockets = near.run(5, &["ip", "route", "get", &far_ips[0]]).unwrap();
         assert!(sockets.contains("mtu lock 9000"), "{sockets}");
         println!("wire of {mtu}, routes of 9000: {:.2} Gbit/s", rate / 1e9);
+        // Who forbids to cut hears of it each time.
+        let too_big =
+            near.command(&["ping", "-n", "-M", "do", "-s", "5000", "-c", "1", "-W", "2", &far_ips[0]]).output();
+        let told = String::from_utf8_lossy(&too_big.unwrap().stdout).into_owned();
+        assert!(told.contains("mtu = 1450"), "{told}");
         let copies = daemons[0].ctl(&["stats"]).unwrap()["copies"].as_u64().unwrap();
         let merged = daemons[1].ctl(&["stats"]).unwrap()["merged"].as_u64().unwrap();
         assert!(copies > 10_000 && merged > 10_000, "{copies} cut, {merged} joined");

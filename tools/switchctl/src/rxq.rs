@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use vswitch_api::{Answer, Client, QueueLoad, QueueMove, Request, RxqInfo, RxqPlan};
+use vswitch_api::{Answer, Client, QueueInfo, QueueLoad, QueueMove, Request, RxqInfo, RxqPlan, WorkerLoad};
 
 use crate::output::{row, table};
 use crate::perf::parse_seconds;
@@ -17,7 +17,7 @@ pub(crate) enum RxqCommand {
     /// Plan which worker should poll which queue, by what each costs; `--apply` moves them.
     ///
     /// The queues of a pod's link stay where they are: it has one for each worker, who sends by it. What arrives at a queue while it
-    /// moves may be lost.
+    /// moves does not reach the switch, and what its worker had not sent by it is lost. A restart deals queues out as at the first.
     Rebalance {
         #[command(flatten)]
         interval: Interval,
@@ -89,8 +89,7 @@ impl Measured {
 fn since(now: &RxqInfo, earlier: &RxqInfo) -> RxqInfo {
     let mut since = now.clone();
     for queue in &mut since.queues {
-        let same =
-            |it: &&vswitch_api::QueueInfo| (&it.link, it.queue, it.worker) == (&queue.link, queue.queue, queue.worker);
+        let same = |it: &&QueueInfo| (&it.link, it.queue, it.worker) == (&queue.link, queue.queue, queue.worker);
         if let Some(before) = earlier.queues.iter().find(same) {
             queue.packets = queue.packets.saturating_sub(before.packets);
         }
@@ -104,10 +103,10 @@ fn since(now: &RxqInfo, earlier: &RxqInfo) -> RxqInfo {
 
 /// A worker's busy time falls on its queues by their packets.
 fn loads(since: &RxqInfo) -> Vec<QueueLoad> {
-    let load = |queue: &vswitch_api::QueueInfo| {
+    let load = |queue: &QueueInfo| {
         let all: u64 =
             since.queues.iter().filter(|other| other.worker == queue.worker).map(|other| other.packets).sum();
-        let worker = since.workers.iter().find(|worker| worker.worker == queue.worker);
+        let worker = worker_of(since, queue);
         let busy = worker.map_or(0.0, |worker| worker.busy_ns as f64 / worker.all_ns.max(1) as f64);
         let load = (busy * queue.packets as f64 / all.max(1) as f64 * 1000.0).round() as u32;
         QueueLoad { link: queue.link.clone(), queue: queue.queue, load }
@@ -115,14 +114,20 @@ fn loads(since: &RxqInfo) -> Vec<QueueLoad> {
     since.queues.iter().map(load).collect()
 }
 
+/// The worker that polls a queue.
+fn worker_of<'a>(info: &'a RxqInfo, queue: &QueueInfo) -> Option<&'a WorkerLoad> {
+    info.workers.iter().find(|worker| Some(worker.worker) == queue.worker)
+}
+
 /// Prints what happened in an interval.
 pub(crate) fn print(out: &mut impl Write, since: &RxqInfo) -> io::Result<()> {
     let lines = since.queues.iter().zip(loads(since)).map(|(queue, load)| {
-        let worker = since.workers.iter().find(|worker| worker.worker == queue.worker);
+        let worker = worker_of(since, queue);
         let core = worker.and_then(|worker| worker.core).map_or_else(|| "-".to_owned(), |core| core.to_string());
         let seconds = worker.map_or(0.0, |worker| worker.all_ns as f64 / 1e9);
         let rate = queue.packets as f64 / seconds.max(1e-9);
-        row([&queue.link, &queue.queue, &queue.worker, &core, &format!("{rate:.0}"), &percent(load.load)])
+        let name = queue.worker.map_or_else(|| "nobody".to_owned(), |worker| worker.to_string());
+        row([&queue.link, &queue.queue, &name, &core, &format!("{rate:.0}"), &percent(load.load)])
     });
     table(out, ["LINK", "QUEUE", "WORKER", "CORE", "PACKETS/S", "LOAD"], lines)
 }
@@ -155,14 +160,16 @@ fn percent(thousandths: u32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use vswitch_api::{QueueInfo, WorkerLoad};
-
     use super::*;
 
     fn info(packets: [u64; 3], busy_ns: [u64; 2]) -> RxqInfo {
         let owners = [0, 1, 0];
-        let queue =
-            |at: usize| QueueInfo { link: "eth0".into(), queue: at as u32, worker: owners[at], packets: packets[at] };
+        let queue = |at: usize| QueueInfo {
+            link: "eth0".into(),
+            queue: at as u32,
+            worker: Some(owners[at]),
+            packets: packets[at],
+        };
         let worker =
             |at: usize| WorkerLoad { worker: at, core: Some(at + 2), busy_ns: busy_ns[at], all_ns: 2_000_000_000 };
         RxqInfo { queues: (0..3).map(queue).collect(), workers: (0..2).map(worker).collect() }

@@ -189,7 +189,8 @@ pub enum Request {
     Drops,
     /// Receive queues, and which worker polls which.
     RxqList,
-    /// Has queues polled by other workers: all of them or none.
+    /// Has queues of uplinks polled by other workers. All are checked before the first is moved; then they are moved one after the
+    /// other, and an error names the one that could not be.
     RxqMove {
         /// The queues.
         moves: Vec<QueueMove>,

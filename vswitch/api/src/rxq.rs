@@ -18,8 +18,8 @@ pub struct QueueInfo {
     pub link: String,
     /// The queue's number.
     pub queue: u32,
-    /// The worker that polls it.
-    pub worker: usize,
+    /// The worker that polls it; none if it could not be bound again when it was moved.
+    pub worker: Option<usize>,
     /// Packets received since that worker has it.
     pub packets: u64,
 }

@@ -103,12 +103,15 @@ pub trait Backend {
     /// Detaches a port. The link stays.
     fn detach(&mut self, port: PortId);
 
-    /// Has queues of ports' links polled by other workers; what arrives at one meanwhile may be lost.
+    /// Every queue of every link, with the worker that polls it: none after a move that failed for good.
+    fn queues(&self) -> Vec<(PortId, u32, Option<usize>)>;
+
+    /// Has a queue polled by another worker. What arrives at it meanwhile is lost, and what the old worker had not sent by it.
     ///
     /// # Errors
     ///
-    /// A sentence with the remedy; queues that could not be moved stay where they were.
-    fn move_queues(&mut self, moves: &[(PortId, u32, usize)]) -> Result<(), String>;
+    /// A sentence with the remedy. The queue is polled by who had it, or by nobody if that failed too.
+    fn move_queue(&mut self, port: PortId, queue: u32, worker: usize) -> Result<(), String>;
 
     /// The numbers of every worker.
     fn sample(&mut self) -> Vec<WorkerSample>;

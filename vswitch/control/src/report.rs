@@ -63,7 +63,7 @@ impl Control {
             Request::Observe { after, filter } => self.observe(after, &filter, &backend.sample())?,
             Request::Stats => Answer::Stats(Box::new(self.stats(&backend.sample()))),
             Request::Perf => Answer::Perf { workers: self.perf(&backend.sample()) },
-            Request::RxqList => Answer::Rxq(Box::new(self.rxq(&backend.sample()))),
+            Request::RxqList => Answer::Rxq(Box::new(self.rxq(&backend.sample(), backend))),
             Request::RxqRebalance { loads, .. } => self.rebalance(&loads, false, backend)?,
             Request::Drops => Answer::Drops { drops: self.drops(&backend.sample()) },
             other => return Err(ApiError::new(ErrorCode::BadRequest, format!("{other:?} is no question"))),
@@ -142,7 +142,8 @@ impl Control {
             if network.spec.mode == NetworkMode::Routed && (!spec.default_route || wanted.is_some()) {
                 let mtu = wanted.map(|wanted| wanted.min(mtu)).or(wire);
                 let is_locked = mtu > wire;
-                let rest = network.spec.subnets.iter().filter(of_family);
+                let is_here = |prefix: &&IpNet| network.spec.ranges.contains(prefix);
+                let rest = network.spec.subnets.iter().filter(of_family).filter(|prefix| !is_here(prefix));
                 routes.extend(rest.map(|&destination| PodRoute { destination, gateway, mtu, is_locked }));
             }
             if gateway.is_some() && spec.default_route {
@@ -471,13 +472,15 @@ fn pod_prefix(address: IpAddr, network: &NetworkEntry) -> IpNet {
 
 /// What of a network differs from the usual.
 fn network_options(spec: &NetworkSpec) -> Vec<String> {
-    named(&[
+    let mut options = named(&[
         (spec.mss_clamp, "mss clamp"),
         (spec.multicast_snooping, "snooping"),
         (spec.transparent, "transparent"),
         (!spec.learning, "no learning"),
         (!spec.neighbor_suppression, "no suppression"),
-    ])
+    ]);
+    options.extend(spec.subnet_mtu.map(|mtu| format!("subnet mtu {mtu}")));
+    options
 }
 
 /// The names of what holds.

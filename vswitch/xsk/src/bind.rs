@@ -80,6 +80,11 @@ pub enum BindError {
 }
 
 impl BindError {
+    /// True if somebody else has the queue.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, BindError::Bind { source, .. } if source.raw_os_error() == Some(libc::EBUSY))
+    }
+
     /// True if the link does not use a queue of that number.
     pub fn is_no_queue(&self) -> bool {
         matches!(self, BindError::Bind { source, .. } if source.raw_os_error() == Some(libc::EINVAL))
@@ -131,6 +136,8 @@ impl Binder {
         if zero_copy == ZeroCopy::Auto {
             match self.bind_as(CopyMode::ZeroCopy, ifindex, queue) {
                 Ok(socket) => return Ok(socket),
+                // A queue that somebody has is no word on zero copy.
+                Err(error @ BindError::Bind { .. }) if error.is_busy() => return Err(error),
                 Err(BindError::Bind { source, .. }) => zero_copy_refusal = Some(source.to_string()),
                 Err(_) => {}
             }
@@ -230,7 +237,10 @@ fn make_rings(fd: BorrowedFd<'_>) -> io::Result<Rings> {
 }
 
 /// A process that was killed lets go of its queues a little later: the kernel frees pools from a work queue.
-#[expect(clippy::disallowed_methods, reason = "runs on the control thread at set-up only, a second at most")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "runs on the control thread, where a link is attached or a queue moved, a second at most"
+)]
 fn bind_patiently(
     fd: BorrowedFd<'_>,
     ifindex: u32,

@@ -15,14 +15,16 @@ const FILL_MIN: u32 = 64;
 /// The same for the socket of a link that many share, as an uplink: what all of them send while a worker wakes up.
 const FILL_MIN_SHARED: u32 = 512;
 
-/// Of a umem, as a divisor, what such a socket may keep at most while it is quiet.
-const SHARE_DIVISOR: usize = 32;
+/// Of a umem, as a divisor, what such sockets of one link may keep at most together while they are quiet.
+const SHARE_DIVISOR: usize = 16;
 
 /// Frames that a busy socket keeps there: 2,048 small packets or 120 of 64 kB may come before the worker's next look.
 const FILL_MAX: u32 = 2048;
 
-/// Bursts that found the fill ring nearly full until it is made half as deep.
-const EASY_BURSTS: u32 = 10_000;
+/// Bursts that found the fill ring nearly full until it is made half as deep: minutes of a port with something to do, for the next
+/// flood may come while the worker sleeps; and the same while less than half of the umem is free, so that others get their share.
+const EASY_BURSTS: u32 = 1_000_000;
+const EASY_BURSTS_WHEN_LOW: u32 = 10_000;
 
 /// Calls of `sendto` in one turn for one socket. Each carries the kernel's budget; what is left waits a turn.
 const KICKS_A_TURN: u32 = 8;
@@ -145,9 +147,9 @@ impl XskSocket {
         }
     }
 
-    /// Keeps more frames ready than a pod's socket does: many share the link.
-    pub fn expect_many(mut self, umem: &Umem) -> XskSocket {
-        let share = (umem.chunks() / SHARE_DIVISOR).next_power_of_two() as u32;
+    /// Keeps more frames ready than a pod's socket does: many share the link. It is one of so many of that link.
+    pub fn expect_many(mut self, umem: &Umem, sockets: usize) -> XskSocket {
+        let share = ((umem.chunks() / SHARE_DIVISOR / sockets.max(1)).max(1) as u32).next_power_of_two();
         self.fill_min = share.clamp(FILL_MIN, FILL_MIN_SHARED);
         self.fill_target = self.fill_min;
         self
@@ -337,14 +339,15 @@ impl XskSocket {
     #[inline]
     fn fit_depth(&mut self, umem: &Umem) {
         let pending = self.fill.pending();
+        let is_low = umem.free_chunks() * 2 <= umem.chunks();
         if pending * 2 < self.fill_target {
             self.easy_bursts = 0;
-            if self.fill_target < FILL_MAX && umem.free_chunks() * 2 > umem.chunks() {
+            if self.fill_target < FILL_MAX && !is_low {
                 self.fill_target *= 2;
             }
         } else if pending * 8 > self.fill_target * 7 && self.fill_target > self.fill_min {
             self.easy_bursts += 1;
-            if self.easy_bursts == EASY_BURSTS {
+            if self.easy_bursts >= if is_low { EASY_BURSTS_WHEN_LOW } else { EASY_BURSTS } {
                 self.easy_bursts = 0;
                 self.fill_target /= 2;
             }

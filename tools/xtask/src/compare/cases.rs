@@ -405,7 +405,7 @@ struct Trial {
 fn try_rate(site: &Site, rate: u64) -> anyhow::Result<Trial> {
     let trial = Flood::at(Some(rate.max(1)), TRIAL_SECONDS);
     // The sink is there before the first packet and after the last.
-    let sink = trial.sink(site, 0.0, TRIAL_SECONDS + 1.5)?;
+    let sink = trial.sink(site, 0.0, TRIAL_SECONDS + 2.5)?;
     let to = &site.ends[1];
     let has_sink =
         || to.namespace.run(5, &["ip", "link", "show", &to.link]).is_ok_and(|text| text.contains("prog/xdp"));
