@@ -5,7 +5,7 @@
 
 use std::net::IpAddr;
 
-use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId, Vni, checksum};
+use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId, checksum};
 use vswitch_xsk::{Packet, TxChecksum, Umem};
 
 use crate::bucket::Bucket;
@@ -18,7 +18,7 @@ use crate::parse::{TCP, UDP};
 use crate::port::PortIo;
 use crate::segment;
 use crate::shape::{Held, Queue, Shaped, may_wait};
-use crate::snapshot::{Access, NetworkMode, Path, Peer, Port, PortKind, Snapshot};
+use crate::snapshot::{Access, NetworkMode, Path, Port, PortKind, Snapshot};
 use crate::table::route::NextHop;
 use crate::translate::{Translation, translate};
 use crate::verdict::{DropReason, Rewrite};
@@ -67,19 +67,11 @@ pub(crate) struct Edit<'a> {
     pub(crate) translation: Option<&'a Translation>,
 }
 
-/// How packets of a network travel to a peer: one look at the snapshot for all that do.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Way<'a> {
-    is_direct: bool,
-    vni: Vni,
-    peer: &'a Peer,
-}
-
 impl Edit<'_> {
     pub(crate) const NONE: Edit<'static> = Edit { rewrite: None, translation: None };
 }
 
-impl<'a, P: PortIo> Egress<'a, P> {
+impl<P: PortIo> Egress<'_, P> {
     /// Out of a port of this switch.
     pub(crate) fn local(&mut self, mut packet: Packet, meta: &Meta, port: PortId, edit: Edit<'_>) {
         match self.prepare(&mut packet, meta, port, edit) {
@@ -133,8 +125,7 @@ impl<'a, P: PortIo> Egress<'a, P> {
         network: NetworkIndex,
         edit: Edit<'_>,
     ) {
-        let way = self.way(peer, network);
-        match way.and_then(|way| self.encapsulate(&mut packet, meta, &way, edit)) {
+        match self.encapsulate(&mut packet, meta, peer, network, edit) {
             Ok(port) => self.send(packet, meta.ingress, port, None),
             Err(reason) => self.refuse_encap(packet, meta, (peer, network), reason, edit),
         }
@@ -388,27 +379,19 @@ impl<'a, P: PortIo> Egress<'a, P> {
         Ok(meta.l4 + TAG as u16)
     }
 
-    /// How packets of a network travel to a peer.
-    #[inline]
-    pub(crate) fn way(&self, peer: PeerIndex, network: NetworkIndex) -> Result<Way<'a>, DropReason> {
-        let snapshot: &'a Snapshot = self.snapshot;
-        Ok(Way {
-            is_direct: snapshot.is_direct(peer, network),
-            vni: snapshot.network(network).ok_or(DropReason::UnknownVni)?.vni,
-            peer: snapshot.peer(peer).ok_or(DropReason::NoNeighbor)?,
-        })
-    }
-
     /// Puts the headers of the way to a peer before a packet; the uplink that it leaves by.
     #[inline]
     pub(crate) fn encapsulate(
         &mut self,
         packet: &mut Packet,
         meta: &Meta,
-        way: &Way<'_>,
+        peer: PeerIndex,
+        network: NetworkIndex,
         edit: Edit<'_>,
     ) -> Result<PortId, DropReason> {
-        let Way { is_direct, vni, peer } = *way;
+        let is_direct = self.snapshot.is_direct(peer, network);
+        let network = self.snapshot.network(network).ok_or(DropReason::UnknownVni)?;
+        let peer = self.snapshot.peer(peer).ok_or(DropReason::NoNeighbor)?;
         let path = peer.path(meta.hash).ok_or(DropReason::NoNeighbor)?;
         let (header, inner) = (&path.header, packet.len());
         let room = if is_direct { 0 } else { header.overhead() };
@@ -435,7 +418,7 @@ impl<'a, P: PortIo> Egress<'a, P> {
         if !packet.head_mut().push_front(header.len()) {
             return Err(DropReason::NoHeadroom);
         }
-        header.emit(packet.head_mut().data_mut(), vni, meta.hash, inner, ecn, || inner_sum);
+        header.emit(packet.head_mut().data_mut(), network.vni, meta.hash, inner, ecn, || inner_sum);
         Ok(path.port)
     }
 

@@ -191,13 +191,12 @@ impl FlowKey {
     #[inline(always)]
     pub fn hash(&self, seed: u64) -> u64 {
         let [a, b, c, d, e, f, g, h] = self.0;
-        // Both sides of every product are salted: nobody can make one zero, and with it what the other says. Pairs that are alike do
-        // not cancel each other, for each is turned by as much as no other.
-        let (left, right) = (seed ^ 0x9e37_79b9_7f4a_7c15, seed.rotate_left(32) ^ 0xd6e8_feb8_6659_fd93);
-        let pair = |one: u64, other: u64| fold(one ^ left, other ^ right);
-        let front = pair(a, b) ^ pair(e, f).rotate_left(19);
-        let back = pair(c, d).rotate_left(41) ^ pair(g, h).rotate_left(7);
-        fold(front ^ right, back ^ left)
+        let salt = |turn: u32, constant: u64| seed.rotate_left(turn) ^ constant;
+        let one = fold(a ^ seed, b ^ salt(7, 0x9e37_79b9_7f4a_7c15));
+        let two = fold(c ^ salt(13, 0xbf58_476d_1ce4_e5b9), d ^ salt(19, 0x2545_f491_4f6c_dd1d));
+        let three = fold(e ^ salt(29, 0x94d0_49bb_1331_11eb), f ^ salt(37, 0xd6e8_feb8_6659_fd93));
+        let four = fold(g ^ salt(43, 0xa076_1d64_78bd_642f), h ^ salt(53, 0xe703_7ed1_a0b4_28db));
+        fold(one ^ three ^ salt(59, 0), two ^ four.rotate_left(23) ^ seed)
     }
 
     /// The key of a segment that opens or closes a connection of this flow.

@@ -219,22 +219,6 @@ fn parse_frame(
     meta: &mut Meta,
 ) -> Result<(), DropReason> {
     let (head, length) = (packet.head().data(), packet.len());
-    if parse_plain(head, length, &origin, snapshot, seed, meta) {
-        return Ok(());
-    }
-    parse_any(head, length, &origin, snapshot, seed, meta)
-}
-
-/// Through every header.
-#[inline(never)]
-fn parse_any(
-    head: &[u8],
-    length: usize,
-    origin: &Origin,
-    snapshot: &Snapshot,
-    seed: u64,
-    meta: &mut Meta,
-) -> Result<(), DropReason> {
     let ethernet: &[u8; ETHERNET] = head.first_chunk().ok_or(DropReason::Truncated)?;
     let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5, t0, t1] = *ethernet;
     let destination = MacAddr([d0, d1, d2, d3, d4, d5]);
@@ -245,11 +229,11 @@ fn parse_any(
     match ethertype {
         ETHERTYPE_IPV4 => {
             let layer3 = parse_v4(head, length)?;
-            finish(head, macs, &layer3, origin, snapshot, seed, meta)
+            finish(head, macs, &layer3, &origin, snapshot, seed, meta)
         }
         ETHERTYPE_IPV6 => {
             let layer3 = parse_v6(head, length)?;
-            finish(head, macs, &layer3, origin, snapshot, seed, meta)
+            finish(head, macs, &layer3, &origin, snapshot, seed, meta)
         }
         ETHERTYPE_VLAN | ETHERTYPE_QINQ
             if !snapshot.network(origin.network).is_some_and(|network| network.is_transparent) =>
@@ -268,81 +252,9 @@ fn parse_any(
                 addresses: [u64::from(other), 0, 0, 0],
                 address_sum: 0,
             };
-            finish(head, macs, &layer3, origin, snapshot, seed, meta)
+            finish(head, macs, &layer3, &origin, snapshot, seed, meta)
         }
     }
-}
-
-/// What nearly all packets are: IPv4 without options, whole, and TCP or UDP that opens and closes nothing. True if it is one, and
-/// its facts are in `meta`; whatever else it may be, right or wrong, is left to the walk through every header.
-///
-/// One look at the length, and no branch for what such a packet does not have.
-#[inline(always)]
-fn parse_plain(head: &[u8], length: usize, origin: &Origin, snapshot: &Snapshot, seed: u64, meta: &mut Meta) -> bool {
-    const L4_AT: usize = ETHERNET + 20;
-    let Some(bytes) = head.first_chunk::<{ L4_AT + 8 }>() else { return false };
-    let word = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
-    let long = |at: usize| u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-    let Some(ip) = bytes[ETHERNET..].first_chunk() else { return false };
-    let total = usize::from(word(ETHERNET + 2));
-    let is_plain = word(12) == ETHERTYPE_IPV4
-        && bytes[ETHERNET] == 0x45
-        && word(ETHERNET + 6) & 0x3fff == 0
-        && checksum::fold_header(ip) == 0xffff
-        && total >= 28
-        && ETHERNET + total <= length;
-    if !is_plain {
-        return false;
-    }
-    let room = total - 20;
-    let (source, destination) = (long(ETHERNET + 12), long(ETHERNET + 16));
-    let protocol = bytes[ETHERNET + 9];
-    let halves = |word: u32| (word >> 16) + (word & 0xffff);
-    let pseudo = checksum::fold(halves(source) + halves(destination) + u32::from(protocol) + room as u32);
-    let state = |field: u16, offset: u16| {
-        if field == pseudo { Checksum::Partial { offset } } else { Checksum::Complete }
-    };
-    let ports = L4Key { source: word(L4_AT), destination: word(L4_AT + 2) };
-    let l4 = match protocol {
-        UDP => {
-            let udp = usize::from(word(L4_AT + 4));
-            let field = word(L4_AT + 6);
-            if udp < 8 || udp > room || ports.destination == snapshot.underlay.udp_port {
-                return false;
-            }
-            L4::new(ports, if field == 0 { Checksum::Complete } else { state(field, 6) })
-        }
-        TCP => {
-            let Some(rest) = head.get(L4_AT + 12..L4_AT + 20) else { return false };
-            let header = usize::from(rest[0] >> 4) * 4;
-            let flags = rest[1];
-            if header < 20 || header > room || flags & tcp::CONTROL != 0 {
-                return false;
-            }
-            let checksum = state(u16::from_be_bytes([rest[4], rest[5]]), 16);
-            L4 { ports, checksum, flags, is_control: false, seq: long(L4_AT + 4) }
-        }
-        _ => return false,
-    };
-    let layer3 = Layer3 {
-        kind: Kind::V4,
-        l4: L4_AT,
-        end: ETHERNET + total,
-        protocol,
-        ttl: bytes[ETHERNET + 8],
-        fragment: None,
-        has_l4: true,
-        addresses: [u64::from(source), 0, u64::from(destination), 0],
-        address_sum: 0,
-    };
-    let macs = (mac_at(bytes, 0), mac_at(bytes, 6));
-    fill(meta, macs, &layer3, l4, origin, seed);
-    true
-}
-
-#[inline(always)]
-fn mac_at<const N: usize>(bytes: &[u8; N], at: usize) -> MacAddr {
-    MacAddr([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3], bytes[at + 4], bytes[at + 5]])
 }
 
 /// Layer 4, and all facts into `meta`.
@@ -356,18 +268,10 @@ fn finish(
     seed: u64,
     meta: &mut Meta,
 ) -> Result<(), DropReason> {
-    let l4 = if layer3.has_l4 { parse_l4(head, layer3)? } else { L4::NONE };
-    if layer3.protocol == UDP && layer3.has_l4 && l4.ports.destination == snapshot.underlay.udp_port {
+    let L4 { ports, checksum, flags, is_control, seq } = if layer3.has_l4 { parse_l4(head, layer3)? } else { L4::NONE };
+    if layer3.protocol == UDP && layer3.has_l4 && ports.destination == snapshot.underlay.udp_port {
         return Err(DropReason::NestedVxlan);
     }
-    fill(meta, macs, layer3, l4, origin, seed);
-    Ok(())
-}
-
-/// Writes all facts, each where it will be read; the key first, for the hash reads it there.
-#[inline(always)]
-fn fill(meta: &mut Meta, macs: (MacAddr, MacAddr), layer3: &Layer3, l4: L4, origin: &Origin, seed: u64) {
-    let L4 { ports, checksum, flags, is_control, seq } = l4;
     let Origin { ingress, network, peer } = *origin;
     let key = FlowKey::new(
         ingress,
@@ -380,42 +284,30 @@ fn fill(meta: &mut Meta, macs: (MacAddr, MacAddr), layer3: &Layer3, l4: L4, orig
         ports,
         layer3.addresses,
     );
-    meta.key = key;
-    // All of a connection goes one way, what opens and closes it too.
-    meta.hash = meta.key.hash(seed);
-    if is_control {
-        meta.key = key.with_control();
-    }
-    // Named one by one, so that none is forgotten.
-    let Meta {
-        key: _,
-        hash: _,
-        ingress: to_ingress,
-        network: to_network,
-        peer: to_peer,
-        destination,
-        source,
-        kind,
-        l3,
-        l4: to_l4,
-        l3_len,
-        protocol,
-        ttl,
-        fragment,
-        is_syn,
-        is_control: to_control,
-        has_ports,
-        seq: to_seq,
-        checksum: to_checksum,
-        may_return,
-    } = meta;
-    (*to_ingress, *to_network, *to_peer) = (ingress, network, peer);
-    (*destination, *source) = macs;
-    (*kind, *protocol, *ttl) = (layer3.kind, layer3.protocol, layer3.ttl);
-    (*l3, *to_l4, *l3_len) = (ETHERNET as u16, layer3.l4 as u16, (layer3.end - ETHERNET) as u32);
-    *fragment = layer3.fragment;
-    (*is_syn, *to_control, *has_ports) = (flags & tcp::SYN != 0, is_control, layer3.has_l4);
-    (*to_seq, *to_checksum, *may_return) = (seq, checksum, false);
+    *meta = Meta {
+        key: if is_control { key.with_control() } else { key },
+        // All of a connection goes one way, what opens and closes it too.
+        hash: key.hash(seed),
+        ingress,
+        network,
+        peer,
+        destination: macs.0,
+        source: macs.1,
+        kind: layer3.kind,
+        l3: ETHERNET as u16,
+        l4: layer3.l4 as u16,
+        l3_len: (layer3.end - ETHERNET) as u32,
+        protocol: layer3.protocol,
+        ttl: layer3.ttl,
+        fragment: layer3.fragment,
+        is_syn: flags & tcp::SYN != 0,
+        is_control,
+        has_ports: layer3.has_l4,
+        seq,
+        checksum,
+        may_return: false,
+    };
+    Ok(())
 }
 
 /// IPv4 (RFC 791), options included.
@@ -691,75 +583,4 @@ pub(crate) fn v6_at(bytes: &[u8], at: usize) -> Result<Ipv6Addr, DropReason> {
         .and_then(|rest| rest.first_chunk::<16>())
         .map(|octets| Ipv6Addr::from(*octets))
         .ok_or(DropReason::Truncated)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn plain(protocol: u8, layer4: &[u8]) -> Vec<u8> {
-        let mut packet = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
-        packet.extend_from_slice(&[0x45, 0, 0, 20 + layer4.len() as u8, 1, 2, 0x40, 0, 64, protocol, 0, 0]);
-        packet.extend_from_slice(&[10, 1, 0, 1, 10, 1, 0, 2]);
-        packet.extend_from_slice(layer4);
-        sign(&mut packet);
-        packet
-    }
-
-    fn sign(packet: &mut [u8]) {
-        packet[24..26].fill(0);
-        let sum = checksum::finish(checksum::sum(&packet[14..34]));
-        packet[24..26].copy_from_slice(&sum.to_be_bytes());
-    }
-
-    /// What both ways say of a packet: that of plain packets speaks only of what it is sure of.
-    fn is_plain(packet: &[u8]) -> bool {
-        let snapshot = Snapshot::default();
-        let origin = Origin { ingress: PortId(7), network: NetworkIndex(3), peer: Some(PeerIndex(9)) };
-        let (mut one, mut other) = (Meta::default(), Meta::default());
-        let is_plain = parse_plain(packet, packet.len(), &origin, &snapshot, 42, &mut one);
-        let any = parse_any(packet, packet.len(), &origin, &snapshot, 42, &mut other);
-        if is_plain {
-            assert_eq!(any, Ok(()), "{packet:02x?}");
-            assert_eq!(format!("{one:?}"), format!("{other:?}"), "{packet:02x?}");
-        }
-        is_plain
-    }
-
-    #[test]
-    fn the_short_way_agrees_with_the_long_one() {
-        let udp = [0x30, 0x39, 0, 53, 0, 12, 0, 0, 1, 2, 3, 4];
-        let mut tcp = [0_u8; 36];
-        tcp[..14].copy_from_slice(&[0x30, 0x39, 0, 80, 1, 2, 3, 4, 5, 6, 7, 8, 0x50, 0x10]);
-        // The sum of the pseudo-header in the place of the checksum: left to the device.
-        let partial = |offset: usize, protocol: u8, layer4: &[u8]| {
-            let mut layer4 = layer4.to_vec();
-            let sum = 2 * 0x0a01 + 1 + 2 + u32::from(protocol) + layer4.len() as u32;
-            layer4[offset..offset + 2].copy_from_slice(&checksum::fold(sum).to_be_bytes());
-            plain(protocol, &layer4)
-        };
-        let packets =
-            [plain(UDP, &udp), plain(TCP, &tcp), partial(6, UDP, &udp), partial(16, TCP, &tcp), plain(ICMP, &udp)];
-        let expected = [true, true, true, true, false];
-        assert_eq!(packets.each_ref().map(|packet| is_plain(packet)), expected);
-        let mut taken = 0;
-        for packet in &packets {
-            for at in 0..packet.len() {
-                for bit in 0..8 {
-                    let mut other = packet.clone();
-                    other[at] ^= 1 << bit;
-                    is_plain(&other);
-                    // The header is right again, whatever it says.
-                    sign(&mut other);
-                    taken += u32::from(is_plain(&other));
-                }
-            }
-            for length in 0..packet.len() {
-                is_plain(&packet[..length]);
-            }
-            let padded = [&packet[..], &[0; 9]].concat();
-            assert_eq!(is_plain(&padded), is_plain(packet));
-        }
-        assert!(taken > 500, "{taken}");
-    }
 }

@@ -142,12 +142,10 @@ impl<P: PortIo> Egress<'_, P> {
                     self.drop(copy, meta.ingress, DropReason::TooBigForPort);
                 }
             }
-            Mirror::Peer(peer, network) => {
-                match self.way(peer, network).and_then(|way| self.encapsulate(&mut copy, &meta, &way, Edit::NONE)) {
-                    Ok(port) => self.send(copy, meta.ingress, port, None),
-                    Err(reason) => self.drop(copy, meta.ingress, reason),
-                }
-            }
+            Mirror::Peer(peer, network) => match self.encapsulate(&mut copy, &meta, peer, network, Edit::NONE) {
+                Ok(port) => self.send(copy, meta.ingress, port, None),
+                Err(reason) => self.drop(copy, meta.ingress, reason),
+            },
         }
     }
 

@@ -504,17 +504,11 @@ impl<P: PortIo> Worker<P> {
             join_segments(slots, local, coalesce, &mut out);
         }
         // First every header, then every packet: what was just written by the byte is not read at once by the word.
-        let mut known = None;
         for &at in encap.iter() {
             let Slot { packet, meta, action, translation, to, refused, .. } = &mut slots[usize::from(at)];
             let edit = Edit { rewrite: action.rewrite.as_ref(), translation: translation.as_ref() };
             if let (Some(packet), Output::Encap { peer, network }) = (packet, action.output) {
-                let way = match known {
-                    Some((ends, way)) if ends == (peer, network) => way,
-                    _ => out.way(peer, network),
-                };
-                known = Some(((peer, network), way));
-                match way.and_then(|way| out.encapsulate(packet, meta, &way, edit)) {
+                match out.encapsulate(packet, meta, peer, network, edit) {
                     Ok(uplink) => *to = uplink,
                     Err(reason) => *refused = Some(reason),
                 }
