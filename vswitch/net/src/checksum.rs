@@ -9,18 +9,21 @@ use std::net::Ipv6Addr;
 
 /// Adds the bytes of one contiguous piece. Pieces before the last must have even length.
 ///
-/// Words are added in the machine's order, eight bytes at a time: the one's-complement sum does not depend on byte
-/// order but for one swap at the end (RFC 1071 section 2 B). Carries are gathered in the upper half, so that no addition waits for
-/// another one's.
+/// Words are added in the machine's order, four bytes at a time: the one's-complement sum does not depend on byte order but for
+/// one swap at the end (RFC 1071 section 2 B). Each of eight lanes has room for the carries of 2^32 words, so that no addition
+/// waits for another one's, and the compiler makes vectors of them.
 pub fn sum(bytes: &[u8]) -> u32 {
-    let (words, rest) = bytes.as_chunks::<8>();
-    let mut last = [0; 8];
+    let (blocks, rest) = bytes.as_chunks::<32>();
+    let mut lanes = [0_u64; 8];
+    for block in blocks {
+        let (words, _) = block.as_chunks::<4>();
+        lanes.iter_mut().zip(words).for_each(|(lane, word)| *lane += u64::from(u32::from_ne_bytes(*word)));
+    }
+    let (words, rest) = rest.as_chunks::<4>();
+    let mut last = [0; 4];
     last[..rest.len()].copy_from_slice(rest);
-    let wide = words
-        .iter()
-        .fold(u128::from(u64::from_ne_bytes(last)), |wide, word| wide + u128::from(u64::from_ne_bytes(*word)));
-    let (total, carry) = (wide as u64).overflowing_add((wide >> 64) as u64);
-    let folded = fold64(total + u64::from(carry));
+    let tail: u64 = words.iter().chain([&last]).map(|word| u64::from(u32::from_ne_bytes(*word))).sum();
+    let folded = fold64(lanes.iter().map(|lane| (lane & 0xffff_ffff) + (lane >> 32)).sum::<u64>() + tail);
     u32::from(u16::from_be_bytes(folded.to_ne_bytes()))
 }
 
