@@ -63,7 +63,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         bail!("{reason}");
     }
     let chosen = [&options.case[..], &options.system].concat();
-    let mut results = Results { chosen, rounds: options.rounds, seconds: options.seconds, ..Results::default() };
+    let mut results = Results {
+        machine: results::machine(),
+        chosen,
+        rounds: options.rounds,
+        seconds: options.seconds,
+        ..Results::default()
+    };
     let cases = chosen_cases(&options.case)?;
     let mut systems = chosen_systems(&options.system)?;
     systems.retain(|system| match system.missing() {

@@ -15,6 +15,8 @@ pub(super) struct Results {
     pub(super) rows: Vec<Row>,
     /// What could not be measured, and why.
     pub(super) failures: Vec<String>,
+    /// What the figures depend on, as it was before the first of them.
+    pub(super) machine: Vec<(&'static str, String)>,
     /// What was chosen of all; empty for all.
     pub(super) chosen: Vec<String>,
     pub(super) rounds: u32,
@@ -215,7 +217,7 @@ impl Results {
             })
             .collect();
         json!({
-            "machine": machine(), "chosen": self.chosen, "rounds": self.rounds, "seconds": self.seconds, "cases": rows,
+            "machine": self.machine, "chosen": self.chosen, "rounds": self.rounds, "seconds": self.seconds, "cases": rows,
             "failures": self.failures,
         })
     }
@@ -225,7 +227,7 @@ impl Results {
         let mut text = String::from(
             "# Results\n\nWritten by `cargo xtask compare --write`; the plot is `results.svg`, every run is in `results.json`.\n\n",
         );
-        for (key, value) in machine() {
+        for (key, value) in &self.machine {
             text += &format!("- {key}: {value}\n");
         }
         text += &format!(
@@ -267,7 +269,7 @@ ports take neither partial checksums nor segments, 1,500 bytes and `tx off`.
 ";
 
 /// What the figures depend on.
-fn machine() -> Vec<(&'static str, String)> {
+pub(super) fn machine() -> Vec<(&'static str, String)> {
     let run = |command: &[&str]| {
         let output = Command::new(command[0]).args(&command[1..]).output().ok()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
