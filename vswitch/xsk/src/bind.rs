@@ -137,7 +137,7 @@ impl Binder {
             match self.bind_as(CopyMode::ZeroCopy, ifindex, queue) {
                 Ok(socket) => return Ok(socket),
                 // A queue that somebody has is no word on zero copy.
-                Err(error @ BindError::Bind { .. }) if error.is_busy() => return Err(error),
+                Err(error) if error.is_busy() => return Err(error),
                 Err(BindError::Bind { source, .. }) => zero_copy_refusal = Some(source.to_string()),
                 Err(_) => {}
             }
