@@ -4,28 +4,31 @@
 //! polled; with no active port left the thread lingers ([`Linger`]) and then sleeps there. Commands come over a queue, with
 //! an eventfd to end a sleep.
 
-use std::io;
+mod handle;
+mod queues;
+
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, Cache};
 use crossbeam_channel::{Receiver, Sender, TrySendError};
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 use tokio::sync::Notify;
 use vswitch_control::{FlowSample, MAX_UPLINKS, Own, SocketSample, WorkerSample, WorkerTimes};
 use vswitch_dataplane::connection::Connections;
-use vswitch_dataplane::{Event, PortIo, Snapshot, Worker, WorkerConfig};
+use vswitch_dataplane::{Event, Snapshot, Worker, WorkerConfig};
 use vswitch_net::PortId;
-use vswitch_xsk::{Binder, BoundSocket, Closing, FastTable, Packet, TxChecksum, Umem, XskSocket, cycles};
+use vswitch_xsk::{BoundSocket, Closing, Umem, XskSocket, cycles};
 
 use crate::config::Poll;
 use crate::linger::Linger;
 
-/// How long a command may take: a worker answers between two turns.
-pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+use self::handle::Command;
+pub(crate) use self::handle::{ANSWER_TIMEOUT, WorkerHandle};
+use self::queues::Queues;
 
 /// While ports are polled, parked ones are looked at every so many turns.
 const PARKED_CHECK_TURNS: u32 = 32;
@@ -39,15 +42,6 @@ const SLEEP_WHILE_OFFLOADING: Duration = Duration::from_millis(20);
 
 /// Marks the eventfd among the ports in the epoll set.
 const WAKER: u64 = u64::MAX;
-
-/// The daemon's end of a worker.
-#[derive(Debug)]
-pub(crate) struct WorkerHandle {
-    pub(crate) binder: Binder,
-    commands: Sender<Command>,
-    waker: Arc<OwnedFd>,
-    thread: Option<JoinHandle<()>>,
-}
 
 /// What all workers share.
 #[derive(Clone, Debug)]
@@ -82,189 +76,6 @@ impl Setup {
     }
 }
 
-enum Command {
-    Insert(PortId, Vec<BoundSocket>),
-    Remove(PortId, Sender<Vec<(Arc<OwnedFd>, Closing)>>),
-    AddQueue(PortId, Box<BoundSocket>),
-    RemoveQueue(PortId, u32, Sender<Vec<(Arc<OwnedFd>, Closing)>>),
-    Reclaim(Vec<Closing>),
-    Offload(FastTable),
-    Sample(Sender<WorkerSample>),
-    Originate(Vec<Own>),
-    Sync(Sender<()>),
-    Flows { since_ns: u64, limit: usize, answer: Sender<FlowSample> },
-    Stop,
-}
-
-/// The queues of one port that belong to this worker. All receive; the first sends.
-#[derive(Debug)]
-struct Queues {
-    sockets: Vec<XskSocket>,
-    /// Where the next burst begins, so that one busy queue does not starve the others.
-    turn: usize,
-}
-
-impl PortIo for Queues {
-    fn rx_burst(&mut self, umem: &mut Umem, out: &mut Vec<Packet>, max: usize) -> usize {
-        let count = self.sockets.len();
-        let mut got = 0;
-        for step in 0..count {
-            let socket = &mut self.sockets[(self.turn + step) % count];
-            got += socket.rx_burst(umem, out, max - got);
-        }
-        self.turn = if count > 0 { (self.turn + 1) % count } else { 0 };
-        got
-    }
-
-    fn tx_push(&mut self, umem: &mut Umem, packet: Packet, checksum: Option<TxChecksum>) -> Result<(), Packet> {
-        match self.sockets.first_mut() {
-            Some(socket) => socket.tx_push(umem, packet, checksum),
-            None => Err(packet),
-        }
-    }
-
-    fn flush(&mut self, umem: &mut Umem) -> bool {
-        match self.sockets.first_mut() {
-            Some(socket) => socket.flush(umem) && !socket.is_sending(),
-            None => true,
-        }
-    }
-
-    fn can_receive(&self) -> bool {
-        self.sockets.iter().all(XskSocket::can_receive)
-    }
-}
-
-impl WorkerHandle {
-    /// Starts the worker's thread, which maps its memory.
-    ///
-    /// # Errors
-    ///
-    /// Those of `mmap(2)`, `epoll_create(2)` and `eventfd(2)`, and of starting a thread.
-    pub(crate) fn start(setup: Setup, shared: Shared) -> io::Result<WorkerHandle> {
-        let (commands, inbox) = crossbeam_channel::unbounded();
-        let waker = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
-        let sleeper = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        epoll::add(&sleeper, &waker, epoll::EventData::new_u64(WAKER), epoll::EventFlags::IN)?;
-        let (ready, is_ready) = crossbeam_channel::bounded(1);
-        let woken = waker.clone();
-        let thread = thread::Builder::new().name(format!("worker-{}", setup.index)).spawn(move || {
-            if let Some(id) = setup.core {
-                core_affinity::set_for_current(core_affinity::CoreId { id });
-            }
-            // Once pinned, so that memory and tables lie on the worker's own NUMA node.
-            let umem = match Umem::new(setup.umem_frames) {
-                Ok(umem) => umem,
-                Err(error) => return drop(ready.send(Err(error))),
-            };
-            umem.populate();
-            let binder = Binder::new(&umem);
-            let thread = WorkerThread {
-                worker: Worker::new(umem, setup.config(), shared.connections.clone()),
-                inbox,
-                snapshot: Cache::new(shared.snapshot.clone()),
-                shared,
-                setup,
-                sleeper,
-                waker: woken,
-                linger: Linger::default(),
-                turns: 0,
-                sleeps: 0,
-                times: WorkerTimes::default(),
-                since_ns: 0,
-                start_cycles: 0,
-            };
-            if ready.send(Ok(binder)).is_ok() {
-                thread.run();
-            }
-        })?;
-        let binder = is_ready.recv().map_err(|_| io::Error::other("the thread ended"))??;
-        Ok(WorkerHandle { binder, commands, waker, thread: Some(thread) })
-    }
-
-    /// Hands a port's sockets over; they are polled from the next turn on.
-    pub(crate) fn insert(&self, port: PortId, sockets: Vec<BoundSocket>) {
-        self.send(Command::Insert(port, sockets));
-    }
-
-    /// Hands one more queue of a port's over.
-    pub(crate) fn add_queue(&self, port: PortId, socket: BoundSocket) {
-        self.send(Command::AddQueue(port, Box::new(socket)));
-    }
-
-    /// Takes one queue of a port's away and closes its socket. False if the worker does not answer.
-    pub(crate) fn remove_queue(&self, port: PortId, queue: u32) -> bool {
-        self.close(|answer| Command::RemoveQueue(port, queue, answer))
-    }
-
-    /// Takes a port away and closes its sockets.
-    pub(crate) fn remove(&self, port: PortId) {
-        self.close(|answer| Command::Remove(port, answer));
-    }
-
-    /// Has the worker give sockets away, and closes them here, off the data path. False if it does not answer.
-    fn close(&self, command: impl FnOnce(Sender<Vec<(Arc<OwnedFd>, Closing)>>) -> Command) -> bool {
-        let (answer, sockets) = crossbeam_channel::bounded(1);
-        self.send(command(answer));
-        let Ok(sockets) = sockets.recv_timeout(ANSWER_TIMEOUT) else { return false };
-        let closing = sockets
-            .into_iter()
-            .map(|(fd, closing)| {
-                drop(fd);
-                closing
-            })
-            .collect();
-        self.send(Command::Reclaim(closing));
-        true
-    }
-
-    /// Lets flows be forwarded in the kernel.
-    pub(crate) fn offload(&self, table: FastTable) {
-        self.send(Command::Offload(table));
-    }
-
-    /// Sends packets of the switch's own.
-    pub(crate) fn originate(&self, packets: Vec<Own>) {
-        self.send(Command::Originate(packets));
-    }
-
-    /// Asks for an answer between two turns: what was published before is what all later packets meet.
-    pub(crate) fn begin_sync(&self) -> Receiver<()> {
-        let (answer, done) = crossbeam_channel::bounded(1);
-        self.send(Command::Sync(answer));
-        done
-    }
-
-    /// The worker's numbers.
-    pub(crate) fn sample(&self) -> Option<WorkerSample> {
-        let (answer, sample) = crossbeam_channel::bounded(1);
-        self.send(Command::Sample(answer));
-        sample.recv_timeout(ANSWER_TIMEOUT).ok()
-    }
-
-    /// Some of the worker's flows.
-    pub(crate) fn flows(&self, since_ns: u64, limit: usize) -> Option<FlowSample> {
-        let (answer, flows) = crossbeam_channel::bounded(1);
-        self.send(Command::Flows { since_ns, limit, answer });
-        flows.recv_timeout(ANSWER_TIMEOUT).ok()
-    }
-
-    fn send(&self, command: Command) {
-        // The receiver lives as long as the thread, which ends only by `Stop`.
-        let _ = self.commands.send(command);
-        let _ = rustix::io::write(&self.waker, &1_u64.to_ne_bytes());
-    }
-}
-
-impl Drop for WorkerHandle {
-    fn drop(&mut self) {
-        self.send(Command::Stop);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
 struct WorkerThread {
     worker: Worker<Queues>,
     inbox: Receiver<Command>,
@@ -283,6 +94,32 @@ struct WorkerThread {
 }
 
 impl WorkerThread {
+    /// A worker over `umem`. It sleeps at `sleeper`, which `waker` ends.
+    fn new(
+        umem: Umem,
+        setup: Setup,
+        shared: Shared,
+        inbox: Receiver<Command>,
+        sleeper: OwnedFd,
+        waker: Arc<OwnedFd>,
+    ) -> WorkerThread {
+        WorkerThread {
+            worker: Worker::new(umem, setup.config(), shared.connections.clone()),
+            inbox,
+            snapshot: Cache::new(shared.snapshot.clone()),
+            shared,
+            setup,
+            sleeper,
+            waker,
+            linger: Linger::default(),
+            turns: 0,
+            sleeps: 0,
+            times: WorkerTimes::default(),
+            since_ns: 0,
+            start_cycles: 0,
+        }
+    }
+
     fn run(mut self) {
         self.start_cycles = cycles();
         self.since_ns = self.shared.start.elapsed().as_nanos() as u64;
