@@ -247,6 +247,11 @@ impl Switch {
         self.port(port).rx.push_back(bytes.to_vec());
     }
 
+    /// Has the worker take packets in that came from a port by another way than its device.
+    pub fn receive(&mut self, port: PortId, packets: &[Vec<u8>]) {
+        self.backend.worker.receive(port, self.now_ns, &self.snapshot, packets);
+    }
+
     /// Takes what a port sent.
     pub fn take(&mut self, port: PortId) -> Vec<Vec<u8>> {
         self.port(port).tx.drain(..).collect()

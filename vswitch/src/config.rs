@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 use vswitch_api::{EgressSpec, Encap, NetworkSpec, PeerSpec, Request, RouteSpec, ServiceSpec};
@@ -45,6 +46,7 @@ pub(crate) struct Worker {
     pub(crate) cores: Vec<usize>,
     pub(crate) poll: Poll,
     pub(crate) idle_turns: u32,
+    pub(crate) rest_after_seconds: u64,
     pub(crate) umem_frames: usize,
     pub(crate) flow_entries: usize,
     pub(crate) offload: Offload,
@@ -151,6 +153,7 @@ impl Default for Worker {
             cores: Vec::new(),
             poll: Poll::Adaptive,
             idle_turns: 200,
+            rest_after_seconds: 60,
             umem_frames: 32_768,
             flow_entries: 131_072,
             offload: Offload::Off,
@@ -206,6 +209,11 @@ impl Worker {
     /// How many flows to have the kernel forward, if any.
     pub(crate) fn offloaded(&self) -> Option<u32> {
         (self.offload == Offload::Xdp).then_some(self.offload_flows)
+    }
+
+    /// How long a port is silent until it rests, if ever.
+    pub(crate) fn rest_after(&self) -> Option<Duration> {
+        (self.rest_after_seconds > 0).then(|| Duration::from_secs(self.rest_after_seconds))
     }
 }
 

@@ -5,12 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
+use tokio::io::unix::AsyncFd;
 use tokio::net::UnixListener;
 use tokio::sync::Notify;
 use tokio::task::spawn_local;
 use tracing::{debug, warn};
 use vswitch_dataplane::Event;
 use vswitch_link::{Follower, Watch};
+use vswitch_net::PortId;
+use vswitch_xsk::Waiting;
 
 use crate::daemon::Daemon;
 use crate::follow::Followed;
@@ -66,6 +69,7 @@ pub(crate) async fn learn(daemon: Rc<Daemon>, events: Receiver<Event>, news: Arc
             _ = second.tick() => {
                 daemon.control.borrow_mut().tick(daemon.now_ns());
                 daemon.sweep(seconds);
+                daemon.rest_silent();
                 daemon.look_for_targets().await;
                 if seconds % DRAIN_SECONDS == 0 {
                     daemon.drain().await;
@@ -81,6 +85,32 @@ pub(crate) async fn learn(daemon: Rc<Daemon>, events: Receiver<Event>, news: Arc
         }
         daemon.publish();
         tokio::time::sleep(LEARN_INTERVAL).await;
+    }
+}
+
+/// Wakes ports at rest that have something to send or to get.
+pub(crate) async fn wake(daemon: Rc<Daemon>, calls: Receiver<PortId>, rung: Arc<Notify>) {
+    let mut waiting: Option<AsyncFd<Waiting>> = None;
+    loop {
+        if waiting.is_none() {
+            waiting = daemon.take_waiting();
+        }
+        let Some(ring) = &mut waiting else {
+            rung.notified().await;
+            continue;
+        };
+        tokio::select! {
+            () = rung.notified() => {}
+            ready = ring.readable_mut() => match ready {
+                // What comes from now on makes it ready again, and what is there is taken below.
+                Ok(mut ready) => ready.clear_ready(),
+                Err(error) => warn!("ports at rest cannot be listened to: {error}"),
+            }
+        }
+        if daemon.wake(calls.try_iter().collect(), ring.get_mut()) {
+            rung.notify_one();
+        }
+        tokio::task::yield_now().await;
     }
 }
 

@@ -186,7 +186,7 @@ fn update(change: &Change<'_>, config: &Uplink, control: &mut Control, links: &m
         _ => {
             links.detach(*port);
             let zero_copy = if is_stacked(link) { ZeroCopy::Off } else { config.zero_copy.into() };
-            let attached = links.attach_uplink(*port, link.ifindex, Role::Uplink(*vtep), zero_copy)?;
+            let attached = links.attach_link(*port, link.ifindex, Role::Uplink(*vtep), zero_copy)?;
             info!("uplink {} attached: xdp {}, {}", link.name, attached.xdp_mode, attached.copy_modes.join(" "));
             match (has_other_queues, bound) {
                 (true, Some(before)) => {

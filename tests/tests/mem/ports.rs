@@ -230,3 +230,39 @@ fn a_worker_tells_where_its_time_goes() {
         assert!(perf.stages.iter().all(|stage| stage.cycles > 0), "{:?}", perf.stages);
     }
 }
+
+#[test]
+fn what_waited_for_a_port_to_wake_is_taken_in_like_all_else() {
+    let (mut switch, one, two) = two_pods();
+    let ends = Ends { from: mac(1), to: GATEWAY_MAC };
+    let packet = |at: usize| frames::udp(ends, "10.1.0.1", "10.1.0.2", &vec![at as u8; 100 + at]);
+    // More than a burst; and one that no pod may send.
+    let mut packets: Vec<Vec<u8>> = (0..100).map(packet).collect();
+    packets.insert(50, frames::udp(Ends { from: mac(5), to: GATEWAY_MAC }, "10.1.0.1", "10.1.0.2", b"forged"));
+    switch.receive(one.id, &packets);
+    switch.settle();
+    let sent = switch.take(two.id);
+    assert_eq!(sent.len(), 100);
+    for (at, packet) in sent.iter().enumerate() {
+        assert_eq!(packet[42..], vec![at as u8; 100 + at], "in their order");
+    }
+    let counters = switch.counters().port(one.id);
+    assert_eq!((counters.rx_packets, counters.dropped()), (101, 1));
+    assert_eq!(counters.drops[DropReason::SpoofedMac.index()], 1);
+    // What nobody could take in is in the books, too.
+    switch.backend.worker.count_lost(one.id, 7, DropReason::Resting);
+    switch.settle();
+    assert_eq!(switch.counters().port(one.id).drops[DropReason::Resting.index()], 7);
+}
+
+#[test]
+fn without_memory_what_waited_is_dropped_and_counted() {
+    let (mut switch, one, two) = two_pods();
+    let frames: Vec<_> = std::iter::from_fn(|| switch.backend.worker.umem_mut().alloc()).collect();
+    let packet = frames::udp(Ends { from: mac(1), to: GATEWAY_MAC }, "10.1.0.1", "10.1.0.2", b"hello");
+    switch.receive(one.id, &[packet]);
+    frames.into_iter().for_each(|frame| switch.backend.worker.umem_mut().free(frame));
+    switch.settle();
+    assert!(switch.take(two.id).is_empty());
+    assert_eq!(switch.counters().port(one.id).drops[DropReason::NoFrames.index()], 1);
+}

@@ -24,6 +24,7 @@ mod podman;
 mod policy;
 mod policy_cases;
 mod ports;
+mod rest;
 mod restart;
 mod scale;
 mod throughput;

@@ -100,7 +100,7 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
                     &join(&port.addresses),
                     &port.mac,
                     &if port.waiting.is_some() { "waiting" } else { &port.xdp_mode },
-                    &port.copy_modes.join(","),
+                    &if port.resting { "at rest".to_owned() } else { port.copy_modes.join(",") },
                     &name_of(port),
                 ])
             };
@@ -260,8 +260,8 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
     }
     writeln!(
         out,
-        "{} ports, {} networks, {} of {} peers reachable",
-        status.ports, status.networks, status.peers_reachable, status.peers
+        "{} ports, {} of them at rest, {} networks, {} of {} peers reachable",
+        status.ports, status.ports_resting, status.networks, status.peers_reachable, status.peers
     )?;
     if status.ports_waiting > 0 {
         writeln!(
@@ -338,6 +338,9 @@ fn print_port(out: &mut impl Write, port: &PortInfo) -> io::Result<()> {
         return Ok(());
     }
     writeln!(out, "  xdp {}, {}", mode(&port.xdp_mode, port.xdp_fallback.as_deref()), port.copy_modes.join(","))?;
+    if port.resting {
+        writeln!(out, "  at rest: without sockets until a packet comes (worker.rest_after_seconds)")?;
+    }
     for route in &port.routes {
         write!(out, "  route {}", route.destination)?;
         route.gateway.map_or(Ok(()), |gateway| write!(out, " via {gateway}"))?;

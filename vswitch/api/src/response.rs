@@ -152,6 +152,9 @@ pub struct StatusInfo {
     pub host: Option<HostInfo>,
     /// Number of ports.
     pub ports: usize,
+    /// Of these, ports without sockets for as long as they are silent.
+    #[serde(default)]
+    pub ports_resting: usize,
     /// Ports of a former daemon that could not be adopted yet; the log says why.
     pub ports_waiting: usize,
     /// Number of networks.
@@ -308,6 +311,9 @@ pub struct PortInfo {
     pub xdp_fallback: Option<String>,
     /// `copy` or `zero-copy`, by queue.
     pub copy_modes: Vec<String>,
+    /// Whether it has no sockets for as long as it is silent.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub resting: bool,
     /// Why it is no port yet, if it is one of the last daemon that waits to be adopted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting: Option<String>,

@@ -119,6 +119,11 @@ pub trait Backend {
     /// Up to `limit` flows of each worker that had a packet since `since_ns`.
     fn flows(&mut self, since_ns: u64, limit: usize) -> Vec<FlowSample>;
 
+    /// True if the port has no sockets for as long as it is silent.
+    fn is_resting(&self, _port: PortId) -> bool {
+        false
+    }
+
     /// The state of the offload, if it is asked for.
     fn offload(&self) -> Option<OffloadSample> {
         None

@@ -27,12 +27,13 @@ impl Control {
         Ok(match request {
             Request::Status => Answer::Status(Box::new(self.status(backend))),
             Request::PortList { link: None } => {
-                let ports = self.desired.ports.keys().filter_map(|&id| self.port_info(id).ok());
+                let info = |&id| Some(PortInfo { resting: backend.is_resting(id), ..self.port_info(id).ok()? });
+                let ports = self.desired.ports.keys().filter_map(info);
                 Answer::Ports { ports: ports.chain(self.waiting_infos(|_| true)).collect() }
             }
             Request::PortList { link: Some(link) } => {
                 let found = match self.desired.port_of_link(&link) {
-                    Some(id) => Some(self.port_info(id)?),
+                    Some(id) => Some(PortInfo { resting: backend.is_resting(id), ..self.port_info(id)? }),
                     None => self.waiting_infos(|record| record.spec.link == link).next(),
                 };
                 let found = found
@@ -166,6 +167,7 @@ impl Control {
             uplinks: self.underlay.uplinks().iter().map(|uplink| self.uplink_info(uplink)).collect(),
             host: self.host_info(),
             ports: self.desired.ports.len(),
+            ports_resting: self.desired.ports.keys().filter(|&&port| backend.is_resting(port)).count(),
             ports_waiting: self.waiting(),
             networks: self.desired.networks.len(),
             peers: peers.len(),
@@ -519,6 +521,7 @@ fn record_info(record: &PortRecord) -> PortInfo {
         xdp_mode: String::new(),
         xdp_fallback: None,
         copy_modes: Vec::new(),
+        resting: false,
         waiting: None,
     }
 }

@@ -234,6 +234,31 @@ impl<P: PortIo> Worker<P> {
         Turn { received, walked, is_sending: !self.ports.busy.is_empty(), is_holding: self.counters.held > 0 }
     }
 
+    /// Takes in what came from a port by another way than its device: while it had none.
+    pub fn receive(&mut self, port: PortId, now_ns: u64, snapshot: &Snapshot, packets: &[Vec<u8>]) {
+        self.counters.open_rules(snapshot.rules);
+        for burst in packets.chunks(BURST) {
+            for bytes in burst {
+                match self.umem.packet_from(bytes) {
+                    Some(packet) => self.burst.packets.push(packet),
+                    None => self.count_lost(port, 1, DropReason::NoFrames),
+                }
+            }
+            count_received(&mut self.counters, port, &self.burst.packets);
+            self.limit(port, now_ns, snapshot);
+            self.process(port, now_ns, snapshot);
+        }
+        self.flush();
+    }
+
+    /// Counts packets from a port that nobody could take in.
+    pub fn count_lost(&mut self, port: PortId, packets: u64, reason: DropReason) {
+        if let Some(counters) = self.counters.port_mut(port) {
+            counters.rx_packets += packets;
+            counters.drops[reason.index()] += packets;
+        }
+    }
+
     /// Sends a packet that the switch itself made.
     pub fn originate(&mut self, now_ns: u64, snapshot: &Snapshot, way: OwnWay, bytes: &[u8]) {
         let Worker { umem, ports, counters, scratch, config, .. } = self;

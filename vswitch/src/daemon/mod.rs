@@ -24,13 +24,13 @@ use vswitch_dataplane::{Event, Snapshot};
 use vswitch_link::{Kernel, Watch};
 use vswitch_net::PortId;
 
-use crate::backend::Links;
+use crate::backend::{LinkSetup, Links};
 use crate::config::Config;
 use crate::follow::Followed;
 use crate::host::HostLink;
 use crate::store::Store;
 use crate::tasks::EVENT_QUEUE;
-use crate::worker::{Setup, Shared, WorkerHandle};
+use crate::worker::{Bell, Setup, Shared, WorkerHandle};
 use crate::{cores, follow, host, server, tasks};
 
 /// A host port that could not be made is tried again this much later.
@@ -60,6 +60,15 @@ pub(crate) struct Daemon {
     start: Instant,
 }
 
+/// What workers say.
+struct Heard {
+    events: Receiver<Event>,
+    news: Arc<Notify>,
+    /// Ports at rest that something is to be sent to.
+    calls: Receiver<PortId>,
+    rung: Arc<Notify>,
+}
+
 /// Runs the daemon until a signal ends it.
 ///
 /// # Errors
@@ -68,18 +77,18 @@ pub(crate) struct Daemon {
 pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let store = Store::open(&config.daemon.runtime_dir).map_err(|error| anyhow!(error))?;
     let watch = Watch::here()?;
-    let (daemon, events, news) = Daemon::start(config, store)?;
+    let (daemon, heard) = Daemon::start(config, store)?;
     let daemon = Rc::new(daemon);
     daemon.configure()?;
     // A daemon that crashed could not.
     daemon.leave_host().await;
-    let ended = live(&daemon, watch, events, news).await;
+    let ended = live(&daemon, watch, heard).await;
     daemon.leave_host().await;
     ended
 }
 
 /// From the first link to the signal that ends it.
-async fn live(daemon: &Rc<Daemon>, watch: Watch, events: Receiver<Event>, news: Arc<Notify>) -> anyhow::Result<()> {
+async fn live(daemon: &Rc<Daemon>, watch: Watch, heard: Heard) -> anyhow::Result<()> {
     if let Some(network) = &daemon.config.host.network {
         daemon.attach_host().await.with_context(|| format!("the host cannot be joined to network \"{network}\""))?;
     }
@@ -95,7 +104,8 @@ async fn live(daemon: &Rc<Daemon>, watch: Watch, events: Receiver<Event>, news: 
     })?;
     info!("listening at {}", socket.display());
     spawn_local(tasks::serve(daemon.clone(), listener));
-    spawn_local(tasks::learn(daemon.clone(), events, news));
+    spawn_local(tasks::learn(daemon.clone(), heard.events, heard.news));
+    spawn_local(tasks::wake(daemon.clone(), heard.calls, heard.rung));
     spawn_local(tasks::follow_kernel(daemon.clone(), watch));
     tell_systemd("READY=1");
     wait_for_end().await?;
@@ -116,7 +126,7 @@ pub(crate) fn check(config: &Config) -> anyhow::Result<()> {
     let mut control = Control::new(control_config(config));
     // A configuration adds no ports, so there is nothing to attach.
     let connections = Arc::new(Connections::new(config.connections.config(&config.policy, 0)));
-    let mut links = Links::new(Vec::new(), connections, config.daemon.xdp_mode.into(), None, 0, clock_start());
+    let mut links = Links::new(Vec::new(), connections, bell().0, link_setup(config, clock_start()));
     configure(config, &mut control, &mut links)
 }
 
@@ -168,20 +178,44 @@ fn control_config(config: &Config) -> ControlConfig {
     }
 }
 
+fn link_setup(config: &Config, start: Instant) -> LinkSetup {
+    LinkSetup {
+        xdp: config.daemon.xdp_mode.into(),
+        offload_flows: config.worker.offloaded(),
+        rest_after: config.worker.rest_after(),
+        seed: random_seed(),
+        start,
+    }
+}
+
+/// What workers ring when a port at rest is to be woken, and who listens. It holds as many calls as there are ports.
+fn bell() -> (Bell, Receiver<PortId>) {
+    let (ports, calls) = crossbeam_channel::bounded(usize::from(u16::MAX));
+    (Bell { ports, rung: Arc::new(Notify::new()) }, calls)
+}
+
 #[expect(clippy::disallowed_methods, reason = "the daemon's clock starts here")]
 fn clock_start() -> Instant {
     Instant::now()
 }
 
 impl Daemon {
-    fn start(config: Config, store: Store) -> anyhow::Result<(Daemon, Receiver<Event>, Arc<Notify>)> {
+    fn start(config: Config, store: Store) -> anyhow::Result<(Daemon, Heard)> {
         let start = clock_start();
         let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
         let (events, inbox) = crossbeam_channel::bounded(EVENT_QUEUE);
         let news = Arc::new(Notify::new());
         let connections = Arc::new(Connections::new(config.connections.config(&config.policy, random_seed())));
-        let shared =
-            Shared { snapshot: snapshot.clone(), events, news: news.clone(), connections: connections.clone(), start };
+        let (bell, calls) = bell();
+        let heard = Heard { events: inbox, news: news.clone(), calls, rung: bell.rung.clone() };
+        let shared = Shared {
+            snapshot: snapshot.clone(),
+            events,
+            news,
+            bell: bell.clone(),
+            connections: connections.clone(),
+            start,
+        };
         let sizes = &config.worker;
         let cores = cores_of(&config)?;
         let workers = (0..sizes.count)
@@ -209,14 +243,7 @@ impl Daemon {
             );
         }
         let control = Control::new(control_config(&config));
-        let links = Links::new(
-            workers,
-            connections,
-            config.daemon.xdp_mode.into(),
-            config.worker.offloaded(),
-            random_seed(),
-            start,
-        );
+        let links = Links::new(workers, connections, bell, link_setup(&config, start));
         let daemon = Daemon {
             config,
             store,
@@ -231,7 +258,7 @@ impl Daemon {
             pod_routes: RefCell::new(BTreeMap::new()),
             start,
         };
-        Ok((daemon, inbox, news))
+        Ok((daemon, heard))
     }
 
     fn configure(&self) -> anyhow::Result<()> {

@@ -1,13 +1,16 @@
 //! What others do to links and addresses, looked at and put right.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tracing::{debug, warn};
 use vswitch_control::{Backend, HOST_PORT, PodRoutes};
 use vswitch_link::LinkState;
 use vswitch_link::plug::update_routes;
 use vswitch_net::PortId;
+use vswitch_xsk::Waiting;
 
 use super::{Daemon, HOST_RETRY_NS};
 use crate::follow::Followed;
@@ -50,6 +53,24 @@ impl Daemon {
         if is_lost {
             self.control.borrow_mut().invalidate();
         }
+    }
+
+    /// Sends silent ports to rest.
+    pub(crate) fn rest_silent(&self) {
+        self.links.borrow_mut().rest_silent();
+    }
+
+    /// Wakes ports at rest. True if more packets wait than were taken in.
+    pub(crate) fn wake(&self, called: BTreeSet<PortId>, waiting: &mut Waiting) -> bool {
+        self.links.borrow_mut().wake(called, waiting)
+    }
+
+    /// The packets of ports at rest, once there are any such.
+    #[expect(deprecated, reason = "the way without `unsafe`: the ring owns its descriptor and never gives it away")]
+    pub(crate) fn take_waiting(&self) -> Option<AsyncFd<Waiting>> {
+        let waiting = self.links.borrow_mut().take_waiting()?;
+        let ring = AsyncFd::with_interest(waiting, Interest::READABLE);
+        ring.inspect_err(|error| warn!("ports at rest cannot be listened to: {error}")).ok()
     }
 
     /// What leaves the node fits the uplink as it is now: pods' routes follow its MTU.

@@ -33,6 +33,11 @@ pub(super) enum Command {
     Insert(PortId, Vec<BoundSocket>),
     Remove(PortId, Sender<Vec<(Arc<OwnedFd>, Closing)>>),
     AddQueue(PortId, Box<BoundSocket>),
+    Prepare(PortId, Vec<BoundSocket>),
+    Wake(PortId),
+    Rest(PortId, Sender<Vec<(Arc<OwnedFd>, Closing)>>),
+    Receive(PortId, Vec<Vec<u8>>),
+    Lost(PortId, u64),
     RemoveQueue(PortId, u32, Sender<Vec<(Arc<OwnedFd>, Closing)>>),
     Reclaim(Vec<Closing>),
     Offload(FastTable),
@@ -79,6 +84,33 @@ impl WorkerHandle {
     /// Hands a port's sockets over; they are polled from the next turn on.
     pub(crate) fn insert(&self, port: PortId, sockets: Vec<BoundSocket>) {
         self.send(Command::Insert(port, sockets));
+    }
+
+    /// Takes the sockets of a silent port away and closes them; what is to be sent to it waits from then on, and rings the
+    /// bell. False if the worker does not answer.
+    pub(crate) fn rest(&self, port: PortId) -> bool {
+        self.close(|answer| Command::Rest(port, answer))
+    }
+
+    /// Hands sockets for a port at rest over. They take packets in as soon as the worker has answered, which
+    /// [`wake`](Self::wake) has it look at.
+    pub(crate) fn prepare(&self, port: PortId, sockets: Vec<BoundSocket>) {
+        self.send(Command::Prepare(port, sockets));
+    }
+
+    /// Ends the rest of a port: what waits for it is sent, and its sockets are polled.
+    pub(crate) fn wake(&self, port: PortId) {
+        self.send(Command::Wake(port));
+    }
+
+    /// Hands packets over that came from a port at rest.
+    pub(crate) fn receive(&self, port: PortId, packets: Vec<Vec<u8>>) {
+        self.send(Command::Receive(port, packets));
+    }
+
+    /// Has packets counted that came from a port at rest and were lost.
+    pub(crate) fn count_lost(&self, port: PortId, packets: u64) {
+        self.send(Command::Lost(port, packets));
     }
 
     /// Hands one more queue of a port's over.

@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use tokio::sync::Notify;
 use vswitch_control::{FlowSample, MAX_UPLINKS, Own, SocketSample, WorkerSample, WorkerTimes};
 use vswitch_dataplane::connection::Connections;
-use vswitch_dataplane::{Event, Snapshot, Worker, WorkerConfig};
+use vswitch_dataplane::{DropReason, Event, Snapshot, Worker, WorkerConfig};
 use vswitch_net::PortId;
 use vswitch_xsk::{BoundSocket, Closing, Umem, XskSocket, cycles};
 
@@ -28,10 +28,14 @@ use crate::linger::Linger;
 
 use self::handle::Command;
 pub(crate) use self::handle::{ANSWER_TIMEOUT, WorkerHandle};
+pub(crate) use self::queues::Bell;
 use self::queues::Queues;
 
 /// While ports are polled, parked ones are looked at every so many turns.
 const PARKED_CHECK_TURNS: u32 = 32;
+
+/// How long a port that is to rest may still send.
+const LEAVING_TURNS: u32 = 1000;
 
 /// Longest sleep; a shorter one while sent frames are still with the kernel.
 const SLEEP: Duration = Duration::from_millis(500);
@@ -49,6 +53,7 @@ pub(crate) struct Shared {
     pub(crate) snapshot: Arc<ArcSwap<Snapshot>>,
     pub(crate) events: Sender<Event>,
     pub(crate) news: Arc<Notify>,
+    pub(crate) bell: Bell,
     pub(crate) connections: Arc<Connections>,
     pub(crate) start: Instant,
 }
@@ -76,6 +81,13 @@ impl Setup {
     }
 }
 
+/// A port that is to rest.
+struct Leaving {
+    port: PortId,
+    answer: Sender<Vec<(Arc<OwnedFd>, Closing)>>,
+    turns: u32,
+}
+
 struct WorkerThread {
     worker: Worker<Queues>,
     inbox: Receiver<Command>,
@@ -85,6 +97,7 @@ struct WorkerThread {
     sleeper: OwnedFd,
     waker: Arc<OwnedFd>,
     linger: Linger,
+    leaving: Vec<Leaving>,
     turns: u64,
     sleeps: u64,
     times: WorkerTimes,
@@ -112,6 +125,7 @@ impl WorkerThread {
             sleeper,
             waker,
             linger: Linger::default(),
+            leaving: Vec::new(),
             turns: 0,
             sleeps: 0,
             times: WorkerTimes::default(),
@@ -140,6 +154,9 @@ impl WorkerThread {
             is_busy = turn.walked > 0;
             if self.worker.has_events() {
                 self.report();
+            }
+            if !self.leaving.is_empty() {
+                self.let_rest();
             }
             self.park();
             since_check += 1;
@@ -189,20 +206,44 @@ impl WorkerThread {
                 let count = sockets.len();
                 let sockets: Vec<XskSocket> =
                     sockets.into_iter().map(|socket| self.adopt(port, socket, count)).collect();
-                if let Some(before) = self.worker.insert_port(port, Queues { sockets, turn: 0 }) {
-                    self.discard(before);
+                self.insert(port, sockets);
+            }
+            Command::Prepare(port, sockets) => {
+                let count = sockets.len();
+                let sockets: Vec<XskSocket> =
+                    sockets.into_iter().map(|socket| self.adopt(port, socket, count)).collect();
+                match self.worker.port_and_umem(port) {
+                    Some((queues, umem)) => queues.prepare(sockets, umem),
+                    None => self.discard(Queues::new(sockets)),
+                }
+            }
+            Command::Wake(port) => {
+                if let Some((queues, umem)) = self.worker.port_and_umem(port) {
+                    queues.wake(umem);
+                    self.poll(port);
                 }
             }
             Command::Remove(port, answer) => {
-                let sockets = self.worker.remove_port(port).map_or_else(Vec::new, |queues| queues.sockets);
+                let queues = self.worker.remove_port(port);
+                let sockets = queues.map_or_else(Vec::new, |queues| queues.dissolve(self.worker.umem_mut()));
                 self.give_away(sockets, &answer);
             }
+            Command::Rest(port, answer) => {
+                // Not before what has come is taken in.
+                self.poll(port);
+                self.leaving.push(Leaving { port, answer, turns: 0 });
+            }
+            Command::Receive(port, packets) => {
+                let now_ns = self.shared.start.elapsed().as_nanos() as u64;
+                self.worker.receive(port, now_ns, self.snapshot.load(), &packets);
+            }
+            Command::Lost(port, packets) => self.worker.count_lost(port, packets, DropReason::Resting),
             Command::AddQueue(port, socket) => {
                 let count = self.worker.port(port).map_or(0, |queues| queues.sockets.len()) + 1;
                 let socket = self.adopt(port, *socket, count);
                 match self.worker.port_and_umem(port) {
                     Some((queues, _)) => queues.sockets.push(socket),
-                    None => drop(self.worker.insert_port(port, Queues { sockets: vec![socket], turn: 0 })),
+                    None => self.insert(port, vec![socket]),
                 }
                 self.poll(port);
             }
@@ -241,6 +282,32 @@ impl WorkerThread {
         true
     }
 
+    /// Makes a port.
+    fn insert(&mut self, port: PortId, sockets: Vec<XskSocket>) {
+        if let Some(before) = self.worker.insert_port(port, Queues::new(sockets)) {
+            self.discard(before);
+        }
+    }
+
+    /// Closes the sockets of ports that are to rest, once what they had received was taken in, and what they had to send was
+    /// looked at by the kernel; that it waits for no longer than a link may need that is up.
+    fn let_rest(&mut self) {
+        for mut leaving in std::mem::take(&mut self.leaving) {
+            let port = leaving.port;
+            leaving.turns += 1;
+            let is_unsent = self.worker.port_and_umem(port).is_some_and(|(queues, _)| queues.is_unsent());
+            if is_unsent && leaving.turns < LEAVING_TURNS {
+                self.leaving.push(leaving);
+                continue;
+            }
+            let sockets = match self.worker.port_and_umem(port) {
+                Some((queues, _)) => queues.rest(port, self.shared.bell.clone()),
+                None => Vec::new(),
+            };
+            self.give_away(sockets, &leaving.answer);
+        }
+    }
+
     /// Makes a socket one of this worker's.
     /// It is one of so many of its port.
     fn adopt(&mut self, port: PortId, socket: BoundSocket, count: usize) -> XskSocket {
@@ -269,7 +336,8 @@ impl WorkerThread {
     }
 
     fn discard(&mut self, queues: Queues) {
-        queues.sockets.into_iter().for_each(|socket| socket.close(self.worker.umem_mut()));
+        let umem = self.worker.umem_mut();
+        queues.dissolve(umem).into_iter().for_each(|socket| socket.close(umem));
     }
 
     fn report(&mut self) {

@@ -23,6 +23,8 @@ struct link {
 	__u32 port;
 	/* Whether flows may be forwarded here. */
 	__u32 is_fast;
+	/* Whether it is without sockets for now: see waiting.h. */
+	__u32 is_resting;
 };
 
 /* By interface index. */

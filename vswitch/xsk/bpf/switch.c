@@ -2,26 +2,32 @@
 #include "fastpath.h"
 #include "sockets.h"
 #include "uplink.h"
+#include "waiting.h"
 
 /* The host end of a pod's veth: every packet is the switch's.
  *
- * Without a socket it is dropped: what a pod sends must never reach the host's stack unjudged.
+ * Without a socket it waits for one if the link is at rest, and else is dropped: what a pod sends must never reach the host's
+ * stack unjudged.
  */
 SEC("xdp.frags")
 int pod(struct xdp_md *ctx)
 {
 	struct link *link = link_of(ctx);
+	int verdict;
 
 	if (!link)
 		return XDP_DROP;
 	if (link->is_fast) {
 		struct arrival from = { .port = link->port };
-		int verdict = forward(ctx, (void *)(long)ctx->data, &from);
 
+		verdict = forward(ctx, (void *)(long)ctx->data, &from);
 		if (verdict >= 0)
 			return verdict;
 	}
-	return to_socket(ctx, link, XDP_DROP);
+	verdict = to_socket(ctx, link, XDP_DROP);
+	if (verdict != XDP_REDIRECT && link->is_resting)
+		await_socket(ctx, link);
+	return verdict;
 }
 
 /* A NIC of the host: only what is ours goes to the switch. Without a socket it passes, too. */

@@ -189,6 +189,16 @@ impl BoundSocket {
         XskSocket::new(self.fd, self.queue, self.rings, self.mode, slot)
     }
 
+    /// Its descriptor, for the programs' map after it was adopted.
+    pub fn descriptor(&self) -> Arc<OwnedFd> {
+        self.fd.clone()
+    }
+
+    /// Its queue.
+    pub fn queue(&self) -> u32 {
+        self.queue
+    }
+
     /// Whether the kernel copies.
     pub fn copy_mode(&self) -> CopyMode {
         self.mode

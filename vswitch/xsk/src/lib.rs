@@ -51,6 +51,7 @@ pub mod ring;
 mod socket;
 mod sys;
 mod umem;
+mod waiting;
 
 pub use bind::{BindError, Binder, BoundSocket, ZeroCopy};
 pub use cycles::cycles;
@@ -61,3 +62,4 @@ pub use prefetch::prefetch;
 pub use program::{AttachedProgram, ProgramError, Programs, Role, Vtep, XdpMode, XdpPreference};
 pub use socket::{Closing, CopyMode, KickCounters, SocketStatistics, TxChecksum, XskSocket};
 pub use umem::{CHUNK_BYTES, Slot, Umem};
+pub use waiting::{Waiting, WaitingPacket};

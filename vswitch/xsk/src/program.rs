@@ -16,6 +16,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 use vswitch_net::PortId;
 
 use crate::fastpath::{FastPath, buckets_for};
+use crate::waiting::Waiting;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/switch.o"));
 
@@ -109,10 +110,13 @@ pub enum ProgramError {
 pub struct Programs {
     ebpf: Ebpf,
     sockets: XskMap<MapData>,
-    links: HashMap<MapData, u32, [u32; 3]>,
+    links: HashMap<MapData, u32, [u32; 4]>,
+    lost: Array<MapData, u64>,
     vteps: Array<MapData, [u8; 24]>,
     local: Prefixes,
     cluster: Prefixes,
+    /// Where packets of links at rest wait, until somebody takes it.
+    waiting: Option<Waiting>,
     /// Places of links in the map of sockets that nobody has.
     places: Vec<u32>,
 }
@@ -125,6 +129,9 @@ pub struct AttachedProgram {
     port: PortId,
     place: u32,
     is_fast: bool,
+    is_resting: bool,
+    /// What had been lost at its place when that was last looked at.
+    lost: u64,
     mode: XdpMode,
     /// Why native mode was not used, in the kernel's words.
     fallback_reason: Option<String>,
@@ -171,9 +178,11 @@ impl Programs {
         let programs = Programs {
             sockets: take_map(&mut ebpf, "SOCKETS")?.try_into()?,
             links: take_map(&mut ebpf, "LINKS")?.try_into()?,
+            lost: take_map(&mut ebpf, "LOST")?.try_into()?,
             vteps: take_map(&mut ebpf, "VTEPS")?.try_into()?,
             local: prefixes(take_map(&mut ebpf, "LOCAL")?)?,
             cluster: prefixes(take_map(&mut ebpf, "CLUSTER")?)?,
+            waiting: Some(Waiting::new(take_map(&mut ebpf, "WAITING")?.try_into()?)),
             places: (0..MAX_LINKS).rev().collect(),
             ebpf,
         };
@@ -218,7 +227,18 @@ impl Programs {
         };
         let link = program.take_link(id).map_err(refused)?;
         let place = self.places.pop().ok_or(ProgramError::Full)?;
-        let attached = AttachedProgram { _link: link, ifindex, port, place, is_fast: false, mode, fallback_reason };
+        let lost = self.lost.get(&place, 0)?;
+        let attached = AttachedProgram {
+            _link: link,
+            ifindex,
+            port,
+            place,
+            is_fast: false,
+            is_resting: false,
+            lost,
+            mode,
+            fallback_reason,
+        };
         if let Err(error) = self.write_link(&attached) {
             self.places.push(place);
             return Err(error);
@@ -248,6 +268,41 @@ impl Programs {
             return Err(ProgramError::Queue(queue));
         }
         Ok(self.sockets.set(attached.place * MAX_QUEUES + queue, socket.as_fd().as_raw_fd(), 0)?)
+    }
+
+    /// Lets a link be without sockets: what comes from it waits in [`waiting`](Self::take_waiting) from then on.
+    ///
+    /// # Errors
+    ///
+    /// Those of the maps; then it is as before.
+    pub fn begin_rest(&mut self, attached: &mut AttachedProgram) -> Result<(), ProgramError> {
+        attached.is_resting = true;
+        if let Err(error) = self.write_link(attached) {
+            attached.is_resting = false;
+            return Err(error);
+        }
+        for queue in 0..MAX_QUEUES {
+            // What is not there need not be removed.
+            let _: Result<(), MapError> = self.sockets.unset(attached.place * MAX_QUEUES + queue);
+        }
+        Ok(())
+    }
+
+    /// Ends that, once every queue has a socket again. How many packets found no room meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Those of the maps.
+    pub fn end_rest(&mut self, attached: &mut AttachedProgram) -> Result<u64, ProgramError> {
+        attached.is_resting = false;
+        self.write_link(attached)?;
+        let lost = self.lost.get(&attached.place, 0)?;
+        Ok(lost - std::mem::replace(&mut attached.lost, lost))
+    }
+
+    /// The packets of links at rest, for whoever binds their sockets. None if it was taken.
+    pub fn take_waiting(&mut self) -> Option<Waiting> {
+        self.waiting.take()
     }
 
     /// Lets flows of a link be forwarded there, or not.
@@ -282,7 +337,8 @@ impl Programs {
 
     /// Writes `struct link` of `sockets.h`.
     fn write_link(&mut self, attached: &AttachedProgram) -> Result<(), ProgramError> {
-        let value = [attached.place, u32::from(attached.port.0), u32::from(attached.is_fast)];
+        let AttachedProgram { place, port, is_fast, is_resting, .. } = *attached;
+        let value = [place, u32::from(port.0), u32::from(is_fast), u32::from(is_resting)];
         Ok(self.links.insert(attached.ifindex, value, 0)?)
     }
 

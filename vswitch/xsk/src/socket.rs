@@ -312,6 +312,11 @@ impl XskSocket {
         self.filled >= FILL_MIN / 2
     }
 
+    /// True while the kernel has not looked at all that is to be sent.
+    pub fn is_unsent(&mut self) -> bool {
+        self.unsubmitted || self.tx.pending() > 0
+    }
+
     /// True while frames are with the kernel for sending.
     pub fn is_sending(&self) -> bool {
         self.sending > 0

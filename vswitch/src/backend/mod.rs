@@ -1,23 +1,23 @@
 //! The world as control needs it: links get a program and sockets, workers get ports, and tell their numbers.
 
+mod attach;
+mod rest;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vswitch_control::{Attached, Backend, FlowSample, OffloadSample, Own, WorkerSample};
 use vswitch_dataplane::connection::Connections;
 use vswitch_link::LinkState;
 use vswitch_net::PortId;
-use vswitch_xsk::{
-    AttachedProgram, BoundSocket, CopyMode, FastPath, FastTarget, Programs, Role, Vtep, XdpMode, XdpPreference,
-    ZeroCopy,
-};
+use vswitch_xsk::{AttachedProgram, FastPath, FastTarget, Programs, Role, Vtep, XdpPreference, ZeroCopy};
 
-use crate::worker::{ANSWER_TIMEOUT, WorkerHandle};
+use crate::worker::{ANSWER_TIMEOUT, Bell, WorkerHandle};
 
-/// Frames that a worker must have free to take another port: a fill ring's worth, and as many on their way.
-const FRAMES_OF_A_PORT: usize = 128;
+use self::attach::FRAMES_OF_A_PORT;
+use self::rest::{Resting, Seen};
 
 /// Workers and attached links.
 #[derive(Debug)]
@@ -35,7 +35,21 @@ pub(crate) struct Links {
     lost_before: u64,
     /// A secret for the hash of offloaded flows.
     seed: u64,
+    resting: Resting,
+    bell: Bell,
     start: Instant,
+}
+
+/// How links are attached.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LinkSetup {
+    pub(crate) xdp: XdpPreference,
+    /// How many flows to have the kernel forward, if any.
+    pub(crate) offload_flows: Option<u32>,
+    /// How long a port is silent until it rests, if ever.
+    pub(crate) rest_after: Option<Duration>,
+    pub(crate) seed: u64,
+    pub(crate) start: Instant,
 }
 
 /// Flows that the programs forward by themselves.
@@ -58,6 +72,7 @@ struct AttachedLink {
     /// What the link had lost when it was first looked at, and has lost now.
     lost: Option<(u64, u64)>,
     program: AttachedProgram,
+    seen: Seen,
 }
 
 impl AttachedLink {
@@ -67,18 +82,14 @@ impl AttachedLink {
     }
 }
 
-/// Most queues of a link: the size of the map in the XDP programs.
-const MAX_QUEUES: u32 = 64;
-
 impl Links {
     pub(crate) fn new(
         workers: Vec<WorkerHandle>,
         connections: Arc<Connections>,
-        xdp: XdpPreference,
-        offload_flows: Option<u32>,
-        seed: u64,
-        start: Instant,
+        bell: Bell,
+        setup: LinkSetup,
     ) -> Links {
+        let LinkSetup { xdp, offload_flows, rest_after, seed, start } = setup;
         let offload = offload_flows.map_or(Offload::Off, Offload::Wanted);
         Links {
             workers,
@@ -90,19 +101,10 @@ impl Links {
             knows_targets: None,
             lost_before: 0,
             seed,
+            resting: Resting::new(rest_after.map(|after| after.as_nanos() as u64)),
+            bell,
             start,
         }
-    }
-
-    /// Attaches the uplink with all its queues.
-    pub(crate) fn attach_uplink(
-        &mut self,
-        port: PortId,
-        ifindex: u32,
-        role: Role,
-        zero_copy: ZeroCopy,
-    ) -> Result<Attached, String> {
-        self.attach_link(port, ifindex, role, zero_copy)
     }
 
     /// Changes what an uplink takes.
@@ -160,27 +162,6 @@ impl Links {
         }
     }
 
-    /// The programs, loaded if they are not yet. An offload that cannot be does not keep them from it.
-    fn load(&mut self) -> Result<&mut Programs, String> {
-        if self.programs.is_none() {
-            let wanted = if let Offload::Wanted(flows) = self.offload { Some(flows) } else { None };
-            let (programs, fast_path) = match Programs::load(wanted, self.seed, self.start) {
-                Err(error) if wanted.is_some() => {
-                    self.offload = Offload::Failed(error.to_string());
-                    Programs::load(None, self.seed, self.start).map_err(|error| error.to_string())?
-                }
-                loaded => loaded.map_err(|error| error.to_string())?,
-            };
-            if let Some(fast_path) = fast_path {
-                let share = wanted.unwrap_or(0) as usize / self.workers.len();
-                self.workers.iter().for_each(|worker| worker.offload(fast_path.table(share)));
-                self.offload = Offload::On(fast_path);
-            }
-            self.programs = Some(programs);
-        }
-        self.programs.as_mut().ok_or_else(|| "the XDP programs are not loaded".to_owned())
-    }
-
     /// Has a worker send packets of the switch's own, after the snapshot that they belong to was published.
     pub(crate) fn send_own(&self, packets: Vec<Own>) {
         if let (Some(worker), false) = (self.workers.first(), packets.is_empty()) {
@@ -212,86 +193,12 @@ impl Links {
     pub(crate) fn ifindexes(&self) -> Vec<u32> {
         self.attached.values().map(|link| link.ifindex).collect()
     }
-
-    /// A port whose fill ring cannot be filled would be deaf, and say nothing.
-    fn check_memory(&self) -> Result<(), String> {
-        for (index, worker) in self.workers.iter().enumerate() {
-            let free = worker.sample().map_or(0, |sample| sample.umem_free);
-            if free < FRAMES_OF_A_PORT {
-                return Err(format!(
-                    "worker {index} has {free} free frames left, too few for another port: raise worker.umem_frames"
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    /// Binds all queues of a link and deals them out to the workers. Each worker needs one, for a worker cannot send by
-    /// another's.
-    fn attach_link(&mut self, port: PortId, ifindex: u32, role: Role, zero_copy: ZeroCopy) -> Result<Attached, String> {
-        let xdp = self.xdp;
-        let mut program = self.load()?.attach(port, role, ifindex, xdp).map_err(|error| error.to_string())?;
-        let bound = self.bind(&mut program, ifindex, zero_copy);
-        let (attached, sockets) = match bound {
-            Ok(bound) => bound,
-            Err(error) => {
-                self.load()?.detach(program);
-                return Err(error);
-            }
-        };
-        for (worker, sockets) in self.workers.iter().zip(sockets) {
-            worker.insert(port, sockets);
-        }
-        let owners = (0..attached.copy_modes.len()).map(|queue| Some(first_owner(queue, self.workers.len()))).collect();
-        self.attached.insert(port, AttachedLink { ifindex, zero_copy, owners, lost: None, program });
-        Ok(attached)
-    }
-
-    /// A socket for each queue of a link, by worker.
-    fn bind(
-        &mut self,
-        program: &mut AttachedProgram,
-        ifindex: u32,
-        zero_copy: ZeroCopy,
-    ) -> Result<(Attached, Vec<Vec<BoundSocket>>), String> {
-        let is_offloading = self.is_offloading();
-        let programs = self.programs.as_mut().ok_or("the XDP programs are not loaded")?;
-        let mut sockets: Vec<Vec<BoundSocket>> = self.workers.iter().map(|_| Vec::new()).collect();
-        let mut copy_modes = Vec::new();
-        let mut zero_copy_refusal = None;
-        for queue in 0..MAX_QUEUES {
-            let owner = first_owner(queue as usize, self.workers.len());
-            let socket = match self.workers[owner].binder.bind(ifindex, queue, zero_copy) {
-                Ok(socket) => socket,
-                // All queues are bound: what arrives at one without a socket would be lost.
-                Err(error) if error.is_no_queue() && queue as usize >= self.workers.len() => break,
-                Err(error) => return Err(error.to_string()),
-            };
-            programs.set_socket(program, queue, &socket).map_err(|error| error.to_string())?;
-            copy_modes.push(copy_mode_name(socket.copy_mode()).to_owned());
-            zero_copy_refusal = zero_copy_refusal.or_else(|| socket.zero_copy_refusal().map(str::to_owned));
-            sockets[owner].push(socket);
-        }
-        // In generic mode a packet is the stack's already, and nothing is gained.
-        let is_fast = is_offloading && program.mode() == XdpMode::Native;
-        programs.set_fast(program, is_fast).map_err(|error| error.to_string())?;
-        let attached = Attached {
-            xdp_mode: match program.mode() {
-                XdpMode::Native => "native".to_owned(),
-                XdpMode::Generic => "generic".to_owned(),
-            },
-            xdp_fallback: program.fallback_reason().map(str::to_owned),
-            copy_modes,
-            zero_copy_refusal,
-        };
-        Ok((attached, sockets))
-    }
 }
 
 impl Backend for Links {
     fn attach(&mut self, port: PortId, link: &str) -> Result<Attached, String> {
         let ifindex = ifindex_of(link)?;
-        self.check_memory()?;
+        self.make_room()?;
         self.attach_link(port, ifindex, Role::Pod, ZeroCopy::Off)
     }
 
@@ -362,6 +269,10 @@ impl Backend for Links {
         self.workers.iter().filter_map(|worker| worker.flows(since_ns, limit)).collect()
     }
 
+    fn is_resting(&self, port: PortId) -> bool {
+        self.attached.get(&port).is_some_and(|link| link.seen.is_resting)
+    }
+
     fn offload(&self) -> Option<OffloadSample> {
         let fast_path = match &self.offload {
             Offload::Off => return None,
@@ -402,23 +313,11 @@ impl Backend for Links {
     }
 }
 
-/// Who gets a queue of a link that is attached.
-fn first_owner(queue: usize, workers: usize) -> usize {
-    queue % workers
-}
-
 fn ifindex_of(link: &str) -> Result<u32, String> {
     use rustix::net::{AddressFamily, SocketType, netdevice, socket};
     let probe = socket(AddressFamily::UNIX, SocketType::DGRAM, None).map_err(|error| error.to_string())?;
     netdevice::name_to_index(&probe, link)
         .map_err(|_| format!("no link {link} in the daemon's network namespace: see `ip link show`"))
-}
-
-fn copy_mode_name(mode: CopyMode) -> &'static str {
-    match mode {
-        CopyMode::Copy => "copy",
-        CopyMode::ZeroCopy => "zero-copy",
-    }
 }
 
 /// `VmRSS` of `/proc/self/status`: pinned packet memory counts.

@@ -1,0 +1,118 @@
+//! Ports at rest: silent pods have no sockets, and nobody notices.
+
+use xtask::lab::{self, Daemon, Namespace};
+
+use crate::{ALONE, assert_balanced, bench, dropped, node_with_pods};
+
+/// A node whose pods rest as soon as they are silent, with so many workers.
+fn restless(workers: usize) -> String {
+    format!("[worker]\ncount = {workers}\numem_frames = 8192\nrest_after_seconds = 1\n{ALONE}")
+}
+
+/// Waits until so many ports are at rest.
+fn await_rest(daemon: &Daemon, ports: usize) {
+    let resting = || daemon.ctl(&["status"]).unwrap()["ports_resting"] == ports;
+    lab::wait_for(30, resting).unwrap();
+}
+
+/// How many of so many pings in a row are answered, 2 ms from one to the next.
+fn answered(pod: &Namespace, address: &str, count: usize) -> usize {
+    let count = count.to_string();
+    let text = pod.run(20, &["ping", "-c", &count, "-i", "0.002", "-W", "2", address]).unwrap_or_default();
+    let received = text.split(" received").next().and_then(|before| before.rsplit(' ').next());
+    received.and_then(|received| received.parse().ok()).unwrap_or_default()
+}
+
+#[test]
+fn silent_pods_rest_and_lose_nothing_when_they_wake() {
+    for workers in [1, 2] {
+        let Some(mut bench) = bench("rest") else { return };
+        let (daemon, mut pods) = node_with_pods(&mut bench, &restless(workers), 3);
+        for _ in 0..2 {
+            await_rest(&daemon, 3);
+            let status = daemon.ctl(&["status"]).unwrap();
+            for worker in status["workers"].as_array().unwrap() {
+                assert_eq!(worker["umem_free"], worker["umem_frames"], "no frame is with the kernel");
+            }
+            let stats = daemon.ctl(&["stats"]).unwrap();
+            assert!(stats["ports"].as_array().unwrap().iter().all(|port| port["sockets"] == serde_json::json!([])));
+            let list = daemon.run_ctl(&["port", "list"]).unwrap();
+            assert_eq!(list.matches("at rest").count(), 3, "{list}");
+            // The first packet finds the sender asleep, and then the receiver.
+            assert_eq!(answered(&pods[0].0, &pods[1].1[0], 50), 50);
+            assert_eq!(answered(&pods[2].0, &pods[0].1[1], 50), 50);
+        }
+        crate::serve_iperf3(&mut bench.lab, &pods[1].0);
+        await_rest(&daemon, 3);
+        pods[0].0.iperf3(&pods[1].1[0], 1, &[]).unwrap();
+        assert_eq!(dropped(&daemon, "resting"), 0);
+        // One that goes while it rests leaves nothing, and the others are none the worse.
+        await_rest(&daemon, 3);
+        let (gone, _) = pods.remove(2);
+        bench.lab.delete(&gone).unwrap();
+        lab::wait_for(10, || daemon.ctl(&["status"]).unwrap()["ports"] == 2).unwrap();
+        assert_eq!(answered(&pods[0].0, &pods[1].1[0], 5), 5);
+        assert_balanced(&daemon);
+    }
+}
+
+#[test]
+fn a_pod_that_wakes_with_a_flood_is_counted() {
+    let Some(mut bench) = bench("wake") else { return };
+    let (daemon, pods) = node_with_pods(&mut bench, &restless(1), 2);
+    await_rest(&daemon, 2);
+    let (from, to) = (pods[0].1[0].as_str(), pods[1].1[0].as_str());
+    crate::load::generate(&mut bench.lab, &pods[0].0, [from, to], 100, 1);
+    lab::wait_for(10, || bench.lab.running() == 0).unwrap();
+    let (waking, full) = (dropped(&daemon, "resting"), dropped(&daemon, "tx-full"));
+    println!(
+        "of a flood from rest to rest: {waking} found no room to wait for the sender's sockets, {full} for the receiver's"
+    );
+    assert!(pods[1].0.pings(from, 1, 2));
+    assert_balanced(&daemon);
+    let port = daemon.ctl(&["port", "list"]).unwrap()["ports"][0].clone();
+    assert!(port.get("resting").is_none(), "{port}");
+}
+
+/// The others rest so that those who speak have memory: more pods than there are fill rings for.
+#[test]
+fn memory_for_a_few_serves_many() {
+    const PODS: usize = 24;
+    let Some(mut bench) = bench("many") else { return };
+    // Room for a dozen ports.
+    let config = format!("[worker]\numem_frames = 1024\nrest_after_seconds = 3600\n{ALONE}");
+    let (daemon, _) = node_with_pods(&mut bench, &config, 0);
+    let pods: Vec<_> = (0..PODS).map(|number| bench.lab.namespace(&format!("p{number}")).unwrap()).collect();
+    let conflist = crate::conflist();
+    let mut addresses = Vec::new();
+    for pod in &pods {
+        // A new pod says something; it takes a moment until it is silent enough to make room for the next.
+        lab::wait_for(10, || {
+            daemon.add_pod(pod, &conflist).is_ok_and(|of| {
+                addresses.push(of);
+                true
+            })
+        })
+        .unwrap();
+    }
+    for (at, pod) in pods.iter().enumerate() {
+        let to = &addresses[(at + 7) % PODS][0];
+        assert!(pod.pings(to, 1, 5), "{} to {to}\n{}", pod.name, daemon.log_end());
+    }
+    assert!(daemon.ctl(&["status"]).unwrap()["ports_resting"].as_u64().unwrap() > 8);
+    assert_balanced(&daemon);
+}
+
+/// A daemon that is killed and comes again finds the programs gone and the pods where they were.
+#[test]
+fn a_restart_takes_ports_at_rest_over() {
+    let Some(mut bench) = bench("again") else { return };
+    let (mut daemon, pods) = node_with_pods(&mut bench, &restless(1), 2);
+    await_rest(&daemon, 2);
+    daemon.kill();
+    daemon.start().unwrap();
+    assert_eq!(answered(&pods[0].0, &pods[1].1[0], 5), 5);
+    await_rest(&daemon, 2);
+    assert_eq!(answered(&pods[1].0, &pods[0].1[0], 5), 5);
+    assert_balanced(&daemon);
+}
