@@ -12,7 +12,7 @@ fn restless(workers: usize) -> String {
 /// Waits until so many ports are at rest.
 fn await_rest(daemon: &Daemon, ports: usize) {
     let resting = || daemon.ctl(&["status"]).unwrap()["ports_resting"] == ports;
-    lab::wait_for(30, resting).unwrap();
+    lab::wait_for(60, resting).unwrap();
 }
 
 /// How many of so many pings in a row are answered, 2 ms from one to the next.
@@ -77,7 +77,7 @@ fn a_pod_that_wakes_with_a_flood_is_counted() {
 /// The others rest so that those who speak have memory: more pods than there are fill rings for.
 #[test]
 fn memory_for_a_few_serves_many() {
-    const PODS: usize = 24;
+    const PODS: usize = 18;
     let Some(mut bench) = bench("many") else { return };
     // Room for a dozen ports.
     let config = format!("[worker]\numem_frames = 1024\nrest_after_seconds = 3600\n{ALONE}");
@@ -99,7 +99,7 @@ fn memory_for_a_few_serves_many() {
         let to = &addresses[(at + 7) % PODS][0];
         assert!(pod.pings(to, 1, 5), "{} to {to}\n{}", pod.name, daemon.log_end());
     }
-    assert!(daemon.ctl(&["status"]).unwrap()["ports_resting"].as_u64().unwrap() > 8);
+    assert!(daemon.ctl(&["status"]).unwrap()["ports_resting"].as_u64().unwrap() >= 4);
     assert_balanced(&daemon);
 }
 
@@ -115,4 +115,36 @@ fn a_restart_takes_ports_at_rest_over() {
     await_rest(&daemon, 2);
     assert_eq!(answered(&pods[1].0, &pods[0].1[0], 5), 5);
     assert_balanced(&daemon);
+}
+
+/// What the kernel and the daemon need for pods, bytes. The kernel's part is the whole machine's.
+fn memory(daemon: &Daemon) -> i64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let field = |name: &str| -> i64 {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    (field("Slab:") + field("VmallocUsed:")) * 1024 + daemon.memory() as i64
+}
+
+/// The bound, with what a socket costs beside it.
+#[test]
+fn an_idle_pod_costs_less_than_0_3_megabytes() {
+    const PODS: usize = 24;
+    let Some(mut bench) = bench("cost") else { return };
+    let config = format!("[worker]\nrest_after_seconds = 5\n{ALONE}");
+    let (daemon, _) = node_with_pods(&mut bench, &config, 1);
+    // The namespaces are the pods' own.
+    let pods: Vec<_> = (0..PODS).map(|number| bench.lab.namespace(&format!("p{number}")).unwrap()).collect();
+    let before = memory(&daemon);
+    let a_pod = || (memory(&daemon) - before) / PODS as i64;
+    for pod in &pods {
+        daemon.add_pod(pod, &crate::conflist()).unwrap();
+    }
+    let awake = a_pod();
+    await_rest(&daemon, PODS + 1);
+    // The kernel frees in its own time.
+    let at_rest = lab::wait_for(20, || a_pod() < 300_000);
+    println!("a pod, kernel and daemon: {} KiB awake, {} KiB at rest", awake >> 10, a_pod() >> 10);
+    assert!(at_rest.is_ok(), "{} bytes", a_pod());
 }
