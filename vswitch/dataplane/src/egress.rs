@@ -486,13 +486,12 @@ fn route(packet: &mut Packet, meta: &Meta, rewrite: &Rewrite) -> Result<(), Drop
     }
     let head = packet.head_mut().data_mut();
     write_macs(head, rewrite.destination, rewrite.source);
-    let ip = &mut head[usize::from(meta.l3)..];
+    let ip: &mut [u8; 12] = head[usize::from(meta.l3)..].first_chunk_mut().ok_or(DropReason::Truncated)?;
     match meta.kind {
         Kind::V4 => {
-            let old = u16::from_be_bytes([ip[8], ip[9]]);
             ip[8] -= 1;
-            let sum = checksum::update(u16::from_be_bytes([ip[10], ip[11]]), old, u16::from_be_bytes([ip[8], ip[9]]));
-            ip[10..12].copy_from_slice(&sum.to_be_bytes());
+            let sum = checksum::after_hop(u16::from_be_bytes([ip[10], ip[11]]));
+            [ip[10], ip[11]] = sum.to_be_bytes();
         }
         Kind::V6 => ip[7] -= 1,
         Kind::Arp | Kind::Other => {}
@@ -514,8 +513,9 @@ pub(crate) fn push_tag(packet: &mut Packet, tag: u16) -> Result<(), DropReason> 
 
 #[inline(always)]
 fn write_macs(head: &mut [u8], destination: MacAddr, source: MacAddr) {
+    let head = &mut head[..12];
     head[..6].copy_from_slice(&destination.0);
-    head[6..12].copy_from_slice(&source.0);
+    head[6..].copy_from_slice(&source.0);
 }
 
 /// The ECN bits of the inner packet, to be shown outside (RFC 6040 section 4.1, normal mode).

@@ -73,6 +73,14 @@ pub fn update(checksum: u16, old: u16, new: u16) -> u16 {
     finish(u32::from(!checksum) + u32::from(!old) + u32::from(new))
 }
 
+/// The checksum of an IPv4 header after its time to live went down by one: [`update`] of a word that is 0x100 less,
+/// whatever it was.
+#[inline]
+pub fn after_hop(checksum: u16) -> u16 {
+    let sum = u32::from(!checksum) + 0xfeff;
+    !((sum & 0xffff) + (sum >> 16)) as u16
+}
+
 fn length_sum(length: u32) -> u32 {
     (length >> 16) + (length & 0xffff)
 }
@@ -131,6 +139,15 @@ mod tests {
         header[8] = 63;
         let new = u16::from_be_bytes([header[8], header[9]]);
         assert_eq!(update(before, old, new), finish(sum(&header)));
+    }
+
+    #[test]
+    fn a_hop_less_is_an_update() {
+        for checksum in 0..=u16::MAX {
+            for old in [0x0100, 0x0111, 0x4006, 0xff11, 0xffff] {
+                assert_eq!(after_hop(checksum), update(checksum, old, old - 0x100));
+            }
+        }
     }
 
     #[test]
