@@ -227,36 +227,49 @@ impl OuterHeader {
     pub fn emit(&self, head: &mut [u8], vni: Vni, hash: u64, inner: usize, ecn: u8, inner_sum: impl FnOnce() -> u32) {
         let length = self.len();
         let head = &mut head[..length];
-        match head.first_chunk_mut() {
-            // The usual one by a copy whose length is known.
-            Some(head) if length == V4_HEADER => {
-                *head = *self.bytes.first_chunk::<V4_HEADER>().unwrap_or(&[0; V4_HEADER])
-            }
-            _ => head.copy_from_slice(&self.bytes[..length]),
-        }
-        let udp_at = length - UDP - VXLAN;
-        let l3 = usize::from(self.l3);
         let udp_length = (UDP + VXLAN + inner) as u16;
         let entropy = ENTROPY_BASE | (hash >> 50) as u16;
-        if self.needs_udp_checksum() {
-            head[l3 + 1] = ecn << 4;
-            head[l3 + 4..l3 + 6].copy_from_slice(&udp_length.to_be_bytes());
-        } else {
-            let total = udp_length + IPV4 as u16;
-            head[l3 + 1] = ecn;
-            head[l3 + 2..l3 + 4].copy_from_slice(&total.to_be_bytes());
-            let sum = checksum::finish(self.sum + u32::from(ecn) + u32::from(total));
-            head[l3 + 10..l3 + 12].copy_from_slice(&sum.to_be_bytes());
+        // The usual one with every place in it known beforehand.
+        if !self.needs_udp_checksum()
+            && length == V4_HEADER
+            && let (Some(head), Some(bytes)) = (head.first_chunk_mut::<V4_HEADER>(), self.bytes.first_chunk())
+        {
+            *head = *bytes;
+            self.patch_v4(head, ETHERNET, ecn, udp_length);
+            patch_udp(head, V4_HEADER - UDP - VXLAN, entropy, udp_length, vni);
+            return;
         }
+        head.copy_from_slice(&self.bytes[..length]);
+        let (l3, udp_at) = (usize::from(self.l3), length - UDP - VXLAN);
+        if !self.needs_udp_checksum() {
+            self.patch_v4(head, l3, ecn, udp_length);
+            patch_udp(head, udp_at, entropy, udp_length, vni);
+            return;
+        }
+        head[l3 + 1] = ecn << 4;
+        head[l3 + 4..l3 + 6].copy_from_slice(&udp_length.to_be_bytes());
+        patch_udp(head, udp_at, entropy, udp_length, vni);
         let udp = &mut head[udp_at..];
-        udp[..2].copy_from_slice(&entropy.to_be_bytes());
-        udp[4..6].copy_from_slice(&udp_length.to_be_bytes());
-        udp[12..15].copy_from_slice(&vni.number().to_be_bytes()[1..]);
-        if self.needs_udp_checksum() {
-            let sum = self.sum + u32::from(udp_length) + checksum::sum(udp) + u32::from(checksum::fold(inner_sum()));
-            udp[6..8].copy_from_slice(&checksum::finish_udp(sum).to_be_bytes());
-        }
+        let sum = self.sum + u32::from(udp_length) + checksum::sum(udp) + u32::from(checksum::fold(inner_sum()));
+        udp[6..8].copy_from_slice(&checksum::finish_udp(sum).to_be_bytes());
     }
+
+    #[inline(always)]
+    fn patch_v4(&self, head: &mut [u8], l3: usize, ecn: u8, udp_length: u16) {
+        let total = udp_length + IPV4 as u16;
+        head[l3 + 1] = ecn;
+        head[l3 + 2..l3 + 4].copy_from_slice(&total.to_be_bytes());
+        let sum = checksum::finish(self.sum + u32::from(ecn) + u32::from(total));
+        head[l3 + 10..l3 + 12].copy_from_slice(&sum.to_be_bytes());
+    }
+}
+
+#[inline(always)]
+fn patch_udp(head: &mut [u8], at: usize, entropy: u16, udp_length: u16, vni: Vni) {
+    head[at..at + 2].copy_from_slice(&entropy.to_be_bytes());
+    head[at + 4..at + 6].copy_from_slice(&udp_length.to_be_bytes());
+    // Its lowest byte is reserved.
+    head[at + 12..at + 16].copy_from_slice(&(vni.number() << 8).to_be_bytes());
 }
 
 #[cfg(test)]
