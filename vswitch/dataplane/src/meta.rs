@@ -152,33 +152,32 @@ const CONTROL: u64 = 1 << 49;
 impl FlowKey {
     /// Builds a key. `addresses` are the words 4 to 7.
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "a key is these fields; the one caller is the parser")]
     pub(crate) fn new(
-        ingress: PortId,
-        peer: Option<PeerIndex>,
-        network: NetworkIndex,
+        origin: u64,
         kind: Kind,
         protocol: u8,
         is_fragment: bool,
-        (destination, source): (MacAddr, MacAddr),
+        (destination, source): (u64, u64),
         ports: L4Key,
         addresses: [u64; 4],
     ) -> FlowKey {
-        let peer = peer.map_or(NO_PEER, |peer| peer.0);
         FlowKey([
-            u64::from(ingress.0) << 48
-                | u64::from(peer) << 32
-                | u64::from(network.0) << 16
-                | (kind as u64) << 8
-                | u64::from(protocol),
-            destination.to_u64() | u64::from(is_fragment) << 48,
-            source.to_u64(),
+            origin | (kind as u64) << 8 | u64::from(protocol),
+            destination | u64::from(is_fragment) << 48,
+            source,
             ports.word(),
             addresses[0],
             addresses[1],
             addresses[2],
             addresses[3],
         ])
+    }
+
+    /// Where a packet comes from, as the key has it.
+    #[inline]
+    pub(crate) fn origin(ingress: PortId, peer: Option<PeerIndex>, network: NetworkIndex) -> u64 {
+        let peer = peer.map_or(NO_PEER, |peer| peer.0);
+        u64::from(ingress.0) << 48 | u64::from(peer) << 32 | u64::from(network.0) << 16
     }
 
     /// Equality without a call, for the hit path.
@@ -335,13 +334,11 @@ mod tests {
         let (to, from) = (MacAddr([1, 2, 3, 4, 5, 6]), MacAddr([0xff, 0xfe, 0, 0, 0, 1]));
         let ports = L4Key { source: 0xffff, destination: 80 };
         let key = FlowKey::new(
-            PortId(7),
-            Some(PeerIndex(9)),
-            NetworkIndex(3),
+            FlowKey::origin(PortId(7), Some(PeerIndex(9)), NetworkIndex(3)),
             Kind::V4,
             6,
             true,
-            (to, from),
+            (to.to_u64(), from.to_u64()),
             ports,
             [0x0a00_0001, 0, 0x0a00_0002, 0],
         );

@@ -19,7 +19,7 @@ use crate::egress::{Edit, Egress, Ports, Scratch};
 use crate::event::{Event, Events, OwnWay};
 use crate::fastpath::{Fast, FastIo, FastState};
 use crate::miss::Miss;
-use crate::parse::{parse, parse_own, tag_of};
+use crate::parse::{Origin, parse, parse_frame, parse_own, tag_of};
 use crate::perf::{Perf, Stage};
 use crate::port::PortIo;
 use crate::shape::{Held, Queue, Shaped, may_wait};
@@ -434,6 +434,7 @@ impl<P: PortIo> Worker<P> {
         }
         let is_tagged = snapshot.underlay.vlan.is_some() && snapshot.access(ingress).is_none();
         let is_mirrored = snapshot.port(ingress).is_some_and(|port| !port.mirrors_from.is_empty());
+        let origin = Origin::of_port(ingress, snapshot);
         let mut used = 0;
         for packet in packets.drain(..) {
             if is_tagged && tagged::is_ours(&packet, snapshot) {
@@ -441,19 +442,21 @@ impl<P: PortIo> Worker<P> {
                 continue;
             }
             // Parsing takes the tag of a trunk off; who looks sees it.
-            let tag = if is_mirrored { tag_of(packet.head().data()) } else { None };
-            let tagged_len = packet.len();
+            let tagged = is_mirrored.then(|| (tag_of(packet.head().data()), packet.len()));
             let Slot { packet: place, meta, translation, .. } = &mut slots[used];
             let packet = place.insert(packet);
-            let parsed = parse(packet, ingress, snapshot, config.seed, meta);
+            let parsed = match origin {
+                Some(origin) => parse_frame(packet, origin, snapshot, config.seed, meta),
+                None => parse(packet, ingress, snapshot, config.seed, meta),
+            };
             if let Err(reason) = parsed.and_then(|()| follow(fragments, meta, now_ns, config.seed)) {
                 if let Some(packet) = place.take() {
                     out.drop(packet, ingress, reason);
                 }
                 continue;
             }
-            if is_mirrored {
-                out.mirror_from(packet, meta, tag.filter(|_| packet.len() < tagged_len));
+            if let Some((tag, len)) = tagged {
+                out.mirror_from(packet, meta, tag.filter(|_| packet.len() < len));
             }
             flows.prefetch(meta.hash);
             *translation = None;
@@ -470,9 +473,10 @@ impl<P: PortIo> Worker<P> {
             let meta = &slot.meta;
             let bytes = slot.packet.as_ref().map_or(0, Packet::len);
             let generation = snapshot.generation;
-            let probe = Probe { key: &meta.key, generation, now_ns, bytes, seq: meta.seq, epoch };
+            // Made where it is read: the one that a call of a miss is shown must lie in memory.
+            let probe = || Probe { key: &meta.key, generation, now_ns, bytes, seq: meta.seq, epoch };
             if let Some(at) = slot.found
-                && let Some(action) = flows.hit(at, &probe)
+                && let Some(action) = flows.hit(at, &probe())
             {
                 slot.action = *action;
                 out.counters.flow_hits += 1;
@@ -504,7 +508,7 @@ impl<P: PortIo> Worker<P> {
                 slot.translation = admitted.leaves_as;
                 if admitted.is_lasting && is_cacheable(meta) {
                     let leaves_as = admitted.leaves_as.as_ref();
-                    let at = flows.insert(meta.hash, &probe, action, leaves_as, admitted.window_bits);
+                    let at = flows.insert(meta.hash, &probe(), action, leaves_as, admitted.window_bits);
                     if let Some(fast) = fast {
                         if let Some((place, evicted)) = flows.take_evicted() {
                             fast.end(place, &evicted, flows, now_ns);

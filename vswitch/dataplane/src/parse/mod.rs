@@ -6,12 +6,15 @@
 //!
 //! Headers must lie in the packet's first frame (at least 3,840 bytes), which no real packet exceeds.
 
+mod plain;
+
 use std::net::Ipv6Addr;
 
 use vswitch_net::checksum;
 use vswitch_net::{MacAddr, NetworkIndex, PeerIndex, PortId};
 use vswitch_xsk::Packet;
 
+use self::plain::parse_plain;
 use crate::connection::tcp;
 use crate::meta::{Checksum, FlowKey, Fragment, Kind, L4Key, Meta};
 use crate::snapshot::{Access, NetworkMode, PortKind, Snapshot};
@@ -64,7 +67,7 @@ pub fn parse(
     match &port.kind {
         PortKind::Access(access) => {
             let network = if access.vlans.is_empty() { access.network } else { untag(packet, access)? };
-            parse_frame(packet, Origin { ingress, network, peer: None }, snapshot, seed, meta)
+            parse_frame(packet, Origin::new(ingress, network, None), snapshot, seed, meta)
         }
         PortKind::Uplink(uplink) => {
             let outer = match vxlan::parse_outer(packet.head().data(), packet.len(), &snapshot.underlay) {
@@ -80,7 +83,7 @@ pub fn parse(
                 None => return Err(DropReason::UnknownPeer),
             };
             decapsulate(packet, &outer)?;
-            parse_frame(packet, Origin { ingress, network, peer: Some(peer) }, snapshot, seed, meta)?;
+            parse_frame(packet, Origin::new(ingress, network, Some(peer)), snapshot, seed, meta)?;
             if outer.ecn & ECT_1 != 0 {
                 carry_mark(packet.head_mut().data_mut(), meta, outer.ecn)?;
             }
@@ -112,7 +115,7 @@ fn parse_direct(
         }
         pop_tag(packet)?;
     }
-    parse_frame(packet, Origin { ingress, network, peer: None }, snapshot, seed, meta)?;
+    parse_frame(packet, Origin::new(ingress, network, None), snapshot, seed, meta)?;
     if meta.destination != uplink {
         return Err(DropReason::NotForGateway);
     }
@@ -172,14 +175,31 @@ pub(crate) fn parse_own(
     seed: u64,
 ) -> Result<Meta, DropReason> {
     let mut meta = Meta::default();
-    parse_frame(packet, Origin { ingress, network, peer: None }, snapshot, seed, &mut meta)?;
+    parse_frame(packet, Origin::new(ingress, network, None), snapshot, seed, &mut meta)?;
     Ok(meta)
 }
 
-struct Origin {
+/// Where packets come from; the same for all of a burst, if that is a pod's.
+#[derive(Clone, Copy)]
+pub(crate) struct Origin {
     ingress: PortId,
     network: NetworkIndex,
     peer: Option<PeerIndex>,
+    /// What of it the key has.
+    word: u64,
+}
+
+impl Origin {
+    #[inline]
+    fn new(ingress: PortId, network: NetworkIndex, peer: Option<PeerIndex>) -> Origin {
+        Origin { ingress, network, peer, word: FlowKey::origin(ingress, peer, network) }
+    }
+
+    /// Of an access port's packets, whatever they are.
+    pub(crate) fn of_port(ingress: PortId, snapshot: &Snapshot) -> Option<Origin> {
+        let access = snapshot.access(ingress).filter(|access| access.vlans.is_empty())?;
+        Some(Origin::new(ingress, access.network, None))
+    }
 }
 
 /// What the layer 3 header says.
@@ -210,8 +230,24 @@ fn decapsulate(packet: &mut Packet, outer: &Outer) -> Result<(), DropReason> {
     if packet.head_mut().pull_front(outer.header) { Ok(()) } else { Err(DropReason::Truncated) }
 }
 
-#[inline]
-fn parse_frame(
+/// As [`parse`], from a place that is known, and without what lies before the frame.
+#[inline(always)]
+pub(crate) fn parse_frame(
+    packet: &Packet,
+    origin: Origin,
+    snapshot: &Snapshot,
+    seed: u64,
+    meta: &mut Meta,
+) -> Result<(), DropReason> {
+    if parse_plain(packet, &origin, snapshot, seed, meta) {
+        return Ok(());
+    }
+    parse_any(packet, origin, snapshot, seed, meta)
+}
+
+/// The long way, for whatever it is.
+#[inline(never)]
+fn parse_any(
     packet: &Packet,
     origin: Origin,
     snapshot: &Snapshot,
@@ -272,15 +308,13 @@ fn finish(
     if layer3.protocol == UDP && layer3.has_l4 && ports.destination == snapshot.underlay.udp_port {
         return Err(DropReason::NestedVxlan);
     }
-    let Origin { ingress, network, peer } = *origin;
+    let Origin { ingress, network, peer, word } = *origin;
     let key = FlowKey::new(
-        ingress,
-        peer,
-        network,
+        word,
         layer3.kind,
         layer3.protocol,
         layer3.fragment.is_some(),
-        macs,
+        (macs.0.to_u64(), macs.1.to_u64()),
         ports,
         layer3.addresses,
     );

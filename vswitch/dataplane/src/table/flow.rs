@@ -214,7 +214,12 @@ impl FlowTable {
     pub fn find(&self, hash: u64) -> Option<usize> {
         let bucket = hash as usize & self.mask;
         let tag = tag(hash);
-        let way = self.tags[bucket].iter().position(|&other| other == tag)?;
+        // All ways at once: which of them it is cannot be foreseen.
+        let ways = self.tags[bucket].iter().enumerate().rev();
+        let way = ways.fold(WAYS, |found, (way, &other)| if other == tag { way } else { found });
+        if way == WAYS {
+            return None;
+        }
         let at = bucket * WAYS + way;
         let entry = &self.entries[at];
         prefetch(&entry.key);
