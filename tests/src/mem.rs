@@ -249,7 +249,8 @@ impl Switch {
 
     /// Has the worker take packets in that came from a port by another way than its device.
     pub fn receive(&mut self, port: PortId, packets: &[Vec<u8>]) {
-        self.backend.worker.receive(port, self.now_ns, &self.snapshot, packets);
+        let packets: Vec<&[u8]> = packets.iter().map(|packet| &packet[..]).collect();
+        self.backend.worker.receive(port, self.now_ns, &self.snapshot, &packets);
     }
 
     /// Takes what a port sent.

@@ -12,6 +12,9 @@ use vswitch_xsk::{XdpPreference, ZeroCopy};
 
 use crate::judging;
 
+/// Longest silence until a port rests, seconds: a year.
+const MAX_REST_AFTER: u64 = 31_536_000;
+
 /// The file.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -292,6 +295,12 @@ impl Config {
         }
         if !(64..=1 << 22).contains(offload_flows) {
             return Err(format!("worker.offload_flows: {offload_flows} is not allowed; allowed are 64 to 4194304"));
+        }
+        let rest_after = self.worker.rest_after_seconds;
+        if rest_after > MAX_REST_AFTER {
+            return Err(format!(
+                "worker.rest_after_seconds: {rest_after} is not allowed; allowed are 0 (never) to {MAX_REST_AFTER}"
+            ));
         }
         let uplinks: Vec<&String> = self.uplink.all().collect();
         if uplinks.len() > MAX_UPLINKS {

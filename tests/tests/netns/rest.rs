@@ -35,7 +35,9 @@ fn silent_pods_rest_and_lose_nothing_when_they_wake() {
                 assert_eq!(worker["umem_free"], worker["umem_frames"], "no frame is with the kernel");
             }
             let stats = daemon.ctl(&["stats"]).unwrap();
-            assert!(stats["ports"].as_array().unwrap().iter().all(|port| port["sockets"] == serde_json::json!([])));
+            let sockets = |port: &serde_json::Value| port["sockets"].as_array().unwrap().clone();
+            let all = stats["ports"].as_array().unwrap().iter().flat_map(sockets);
+            assert!(all.into_iter().all(|socket| socket["fill_depth"] == 0), "those that were: {stats}");
             let list = daemon.run_ctl(&["port", "list"]).unwrap();
             assert_eq!(list.matches("at rest").count(), 3, "{list}");
             // The first packet finds the sender asleep, and then the receiver.
@@ -71,7 +73,7 @@ fn a_pod_that_wakes_with_a_flood_is_counted() {
     assert!(pods[1].0.pings(from, 1, 2));
     assert_balanced(&daemon);
     let port = daemon.ctl(&["port", "list"]).unwrap()["ports"][0].clone();
-    assert!(port.get("resting").is_none(), "{port}");
+    assert!(port.get("rest").is_none(), "{port}");
 }
 
 /// The others rest so that those who speak have memory: more pods than there are fill rings for.
@@ -97,9 +99,89 @@ fn memory_for_a_few_serves_many() {
     }
     for (at, pod) in pods.iter().enumerate() {
         let to = &addresses[(at + 7) % PODS][0];
-        assert!(pod.pings(to, 1, 5), "{} to {to}\n{}", pod.name, daemon.log_end());
+        // Until there is memory for both, packets are lost.
+        pod.await_ping(to).unwrap_or_else(|error| panic!("{} to {to}: {error}\n{}", pod.name, daemon.log_end()));
     }
     assert!(daemon.ctl(&["status"]).unwrap()["ports_resting"].as_u64().unwrap() >= 4);
+    assert_balanced(&daemon);
+}
+
+/// No memory for one more port, and that one floods: the others do not notice, the books balance, and it has its turn later.
+#[test]
+fn a_port_that_cannot_be_woken_harms_nobody() {
+    const SPEAKERS: usize = 15;
+    let Some(mut bench) = bench("stuck") else { return };
+    let config = format!("[worker]\numem_frames = 1024\nrest_after_seconds = 2\n{ALONE}");
+    let (daemon, pods) = node_with_pods(&mut bench, &config, 0);
+    assert!(pods.is_empty());
+    let pods: Vec<_> = (0..=SPEAKERS).map(|number| bench.lab.namespace(&format!("p{number}")).unwrap()).collect();
+    let conflist = crate::conflist();
+    let mut addresses = Vec::new();
+    let mut add = |pod| {
+        lab::wait_for(10, || {
+            daemon.add_pod(pod, &conflist).is_ok_and(|of| {
+                addresses.push(of);
+                true
+            })
+        })
+    };
+    // The last one first: it rests while the others come and speak.
+    add(&pods[SPEAKERS]).unwrap();
+    await_rest(&daemon, 1);
+    for pod in &pods[..SPEAKERS] {
+        add(pod).unwrap();
+    }
+    let flooder = (&pods[SPEAKERS], addresses[0][0].clone());
+    let of = |at: usize| addresses[1 + at][0].clone();
+    for (at, pod) in pods[..SPEAKERS].iter().enumerate() {
+        bench.lab.spawn(pod, &["ping", "-q", "-i", "0.2", "-w", "12", &of((at + 1) % SPEAKERS)]).unwrap();
+    }
+    crate::load::generate(&mut bench.lab, flooder.0, [&flooder.1, &of(0)], 100, 6);
+    let stuck = || daemon.ctl(&["status"]).unwrap()["ports_stuck"] == 1;
+    lab::wait_for(5, stuck).unwrap();
+    let list = daemon.run_ctl(&["port", "list"]).unwrap();
+    assert_eq!(list.matches("stuck").count(), 1, "{list}");
+    for (at, pod) in pods[..5].iter().enumerate() {
+        let worst = worst_ms(pod, &of(at + 1));
+        println!("while a port floods that cannot be woken: {worst} ms");
+        assert!(worst < 500.0, "{worst} ms");
+    }
+    assert!(dropped(&daemon, "resting") > 10_000);
+    // The others fall silent.
+    lab::wait_for(30, || bench.lab.running() == 0).unwrap();
+    assert_balanced(&daemon);
+    lab::wait_for(20, || flooder.0.pings(&of(0), 1, 1)).unwrap();
+    assert_balanced(&daemon);
+}
+
+/// The longest of five round trips.
+fn worst_ms(pod: &Namespace, address: &str) -> f64 {
+    let text = pod.run(10, &["ping", "-c", "5", "-i", "0.05", "-W", "2", address]).unwrap_or_default();
+    let times = text.split("time=").skip(1).filter_map(|rest| rest.split(' ').next()?.parse::<f64>().ok());
+    let times: Vec<f64> = times.collect();
+    if times.len() < 5 { f64::INFINITY } else { times.into_iter().fold(0.0, f64::max) }
+}
+
+/// One pod speaks to forty that rest, all at once.
+#[test]
+fn one_pod_wakes_many() {
+    const PODS: usize = 40;
+    let Some(mut bench) = bench("sweep") else { return };
+    let (daemon, _) = node_with_pods(&mut bench, &restless(1), 0);
+    let pods: Vec<_> = (0..PODS).map(|number| bench.lab.namespace(&format!("p{number}")).unwrap()).collect();
+    let conflist = crate::conflist();
+    let addresses: Vec<_> = pods.iter().map(|pod| daemon.add_pod(pod, &conflist).unwrap()[0].clone()).collect();
+    await_rest(&daemon, PODS);
+    for address in &addresses[1..] {
+        bench.lab.spawn(&pods[0], &["ping", "-q", "-c", "1", "-W", "5", address]).unwrap();
+    }
+    lab::wait_for(20, || bench.lab.running() == 0).unwrap();
+    let stats = daemon.ctl(&["stats"]).unwrap();
+    let ports = stats["ports"].as_array().unwrap();
+    let answered =
+        ports.iter().filter(|port| port["tx_packets"].as_u64() > Some(0) && port["rx_packets"].as_u64() > Some(0));
+    assert_eq!(answered.count(), PODS, "{stats}");
+    assert_eq!((dropped(&daemon, "resting"), dropped(&daemon, "tx-full")), (0, 0));
     assert_balanced(&daemon);
 }
 

@@ -100,7 +100,11 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
                     &join(&port.addresses),
                     &port.mac,
                     &if port.waiting.is_some() { "waiting" } else { &port.xdp_mode },
-                    &if port.resting { "at rest".to_owned() } else { port.copy_modes.join(",") },
+                    &match port.rest.as_deref() {
+                        None => port.copy_modes.join(","),
+                        Some("at rest") => "at rest".to_owned(),
+                        Some(_) => "stuck".to_owned(),
+                    },
                     &name_of(port),
                 ])
             };
@@ -263,6 +267,9 @@ fn print_status(out: &mut impl Write, status: &StatusInfo) -> io::Result<()> {
         "{} ports, {} of them at rest, {} networks, {} of {} peers reachable",
         status.ports, status.ports_resting, status.networks, status.peers_reachable, status.peers
     )?;
+    if status.ports_stuck > 0 {
+        writeln!(out, "{} ports cannot be woken: see `switchctl port show LINK`", status.ports_stuck)?;
+    }
     if status.ports_waiting > 0 {
         writeln!(
             out,
@@ -338,8 +345,12 @@ fn print_port(out: &mut impl Write, port: &PortInfo) -> io::Result<()> {
         return Ok(());
     }
     writeln!(out, "  xdp {}, {}", mode(&port.xdp_mode, port.xdp_fallback.as_deref()), port.copy_modes.join(","))?;
-    if port.resting {
-        writeln!(out, "  at rest: without sockets until a packet comes (worker.rest_after_seconds)")?;
+    match port.rest.as_deref() {
+        None => {}
+        Some("at rest") => {
+            writeln!(out, "  at rest: without sockets until a packet comes (worker.rest_after_seconds)")?;
+        }
+        Some(reason) => writeln!(out, "  {reason}")?,
     }
     for route in &port.routes {
         write!(out, "  route {}", route.destination)?;

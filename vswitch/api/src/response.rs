@@ -155,6 +155,9 @@ pub struct StatusInfo {
     /// Of these, ports without sockets for as long as they are silent.
     #[serde(default)]
     pub ports_resting: usize,
+    /// Of these, ports that cannot have any though something waits for them.
+    #[serde(default)]
+    pub ports_stuck: usize,
     /// Ports of a former daemon that could not be adopted yet; the log says why.
     pub ports_waiting: usize,
     /// Number of networks.
@@ -311,9 +314,9 @@ pub struct PortInfo {
     pub xdp_fallback: Option<String>,
     /// `copy` or `zero-copy`, by queue.
     pub copy_modes: Vec<String>,
-    /// Whether it has no sockets for as long as it is silent.
-    #[serde(default, skip_serializing_if = "is_no")]
-    pub resting: bool,
+    /// If it has no sockets: `at rest`, as long as it is silent; or why it cannot have any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rest: Option<String>,
     /// Why it is no port yet, if it is one of the last daemon that waits to be adopted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting: Option<String>,

@@ -18,6 +18,15 @@ pub struct Attached {
     pub zero_copy_refusal: Option<String>,
 }
 
+/// A port without sockets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PortRest {
+    /// As long as it is silent.
+    Silent,
+    /// Something is to be sent to or from it, and it cannot have any: why.
+    Stuck(String),
+}
+
 /// One socket's numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketSample {
@@ -119,9 +128,12 @@ pub trait Backend {
     /// Up to `limit` flows of each worker that had a packet since `since_ns`.
     fn flows(&mut self, since_ns: u64, limit: usize) -> Vec<FlowSample>;
 
-    /// True if the port has no sockets for as long as it is silent.
-    fn is_resting(&self, _port: PortId) -> bool {
-        false
+    /// Lets a port be without sockets while it is silent: nothing is flooded to it, so that only what is meant for it wakes it.
+    fn let_rest(&mut self, _port: PortId) {}
+
+    /// Whether a port is without sockets now.
+    fn rest(&self, _port: PortId) -> Option<PortRest> {
+        None
     }
 
     /// The state of the offload, if it is asked for.

@@ -49,7 +49,7 @@ mod underlay;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-pub use backend::{Attached, Backend, FlowSample, OffloadSample, SocketSample, WorkerSample, WorkerTimes};
+pub use backend::{Attached, Backend, FlowSample, OffloadSample, PortRest, SocketSample, WorkerSample, WorkerTimes};
 pub use bridging::{Own, OwnWay};
 pub use host::{HostPlan, HostState};
 pub use state::{PortRecord, State};

@@ -160,6 +160,9 @@ impl Control {
         let (id, mac) = (record.id, record.spec.mac);
         match network.spec.mode {
             NetworkMode::Routed => {
+                if record.spec.trunk.is_empty() {
+                    backend.let_rest(id);
+                }
                 for &address in &record.spec.addresses {
                     self.desired.by_address.insert((network.index, address), id);
                 }

@@ -12,7 +12,7 @@ use vswitch_api::{
 use vswitch_dataplane::Location;
 use vswitch_net::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, MacAddr, NetworkIndex, PortId};
 
-use crate::backend::{Attached, Backend, OffloadSample, WorkerSample};
+use crate::backend::{Attached, Backend, OffloadSample, PortRest, WorkerSample};
 use crate::checks::full_length;
 use crate::counts::worker_info;
 use crate::desired::{NetworkEntry, not_found};
@@ -27,13 +27,13 @@ impl Control {
         Ok(match request {
             Request::Status => Answer::Status(Box::new(self.status(backend))),
             Request::PortList { link: None } => {
-                let info = |&id| Some(PortInfo { resting: backend.is_resting(id), ..self.port_info(id).ok()? });
+                let info = |&id| Some(PortInfo { rest: rest_of(backend, id), ..self.port_info(id).ok()? });
                 let ports = self.desired.ports.keys().filter_map(info);
                 Answer::Ports { ports: ports.chain(self.waiting_infos(|_| true)).collect() }
             }
             Request::PortList { link: Some(link) } => {
                 let found = match self.desired.port_of_link(&link) {
-                    Some(id) => Some(PortInfo { resting: backend.is_resting(id), ..self.port_info(id)? }),
+                    Some(id) => Some(PortInfo { rest: rest_of(backend, id), ..self.port_info(id)? }),
                     None => self.waiting_infos(|record| record.spec.link == link).next(),
                 };
                 let found = found
@@ -158,6 +158,7 @@ impl Control {
         let (pid, uptime_seconds, memory_bytes) = backend.process();
         let workers = backend.sample();
         let peers = self.peers();
+        let rests: Vec<PortRest> = self.desired.ports.keys().filter_map(|&port| backend.rest(port)).collect();
         StatusInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid,
@@ -167,7 +168,8 @@ impl Control {
             uplinks: self.underlay.uplinks().iter().map(|uplink| self.uplink_info(uplink)).collect(),
             host: self.host_info(),
             ports: self.desired.ports.len(),
-            ports_resting: self.desired.ports.keys().filter(|&&port| backend.is_resting(port)).count(),
+            ports_resting: rests.len(),
+            ports_stuck: rests.iter().filter(|rest| matches!(rest, PortRest::Stuck(_))).count(),
             ports_waiting: self.waiting(),
             networks: self.desired.networks.len(),
             peers: peers.len(),
@@ -491,6 +493,13 @@ fn named(all: &[(bool, &str)]) -> Vec<String> {
 }
 
 /// What a record says by itself.
+fn rest_of(backend: &dyn Backend, port: PortId) -> Option<String> {
+    Some(match backend.rest(port)? {
+        PortRest::Silent => "at rest".to_owned(),
+        PortRest::Stuck(reason) => format!("cannot be woken: {reason}"),
+    })
+}
+
 fn record_info(record: &PortRecord) -> PortInfo {
     let spec = &record.spec;
     PortInfo {
@@ -521,7 +530,7 @@ fn record_info(record: &PortRecord) -> PortInfo {
         xdp_mode: String::new(),
         xdp_fallback: None,
         copy_modes: Vec::new(),
-        resting: false,
+        rest: None,
         waiting: None,
     }
 }

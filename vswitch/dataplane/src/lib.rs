@@ -57,6 +57,7 @@ pub use fastpath::{FastIo, FastState};
 pub use multicast::Membership;
 pub use perf::{BURST_BUCKETS, Perf, Stage};
 pub use port::PortIo;
+pub use shape::may_wait;
 pub use snapshot::{
     Access, Gateway, Limits, Mirror, Network, NetworkMode, Path, Peer, Port, PortKind, Receivers, SenderCheck,
     Snapshot, Storm, Underlay,

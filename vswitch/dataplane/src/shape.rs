@@ -33,8 +33,8 @@ pub(crate) struct Held {
     pub(crate) ingress: PortId,
 }
 
-/// Whether there are frames for packets that wait.
-pub(crate) fn may_wait(umem: &Umem) -> bool {
+/// Whether there are frames for packets that wait: for a rate, or for the sockets of a port at rest.
+pub fn may_wait(umem: &Umem) -> bool {
     umem.free_chunks() > umem.chunks() / 4
 }
 

@@ -183,6 +183,11 @@ impl<P: PortIo> Worker<P> {
         }
     }
 
+    /// Has a port's queue flushed that was given packets by another way than this worker's.
+    pub fn mark_sending(&mut self, port: PortId) {
+        self.ports.mark_busy(port);
+    }
+
     /// Ports that have become idle since the last call. They are not polled until [`wake`](Self::wake).
     pub fn take_idle(&mut self) -> impl Iterator<Item = PortId> + '_ {
         self.idle.drain(..)
@@ -235,7 +240,7 @@ impl<P: PortIo> Worker<P> {
     }
 
     /// Takes in what came from a port by another way than its device: while it had none.
-    pub fn receive(&mut self, port: PortId, now_ns: u64, snapshot: &Snapshot, packets: &[Vec<u8>]) {
+    pub fn receive(&mut self, port: PortId, now_ns: u64, snapshot: &Snapshot, packets: &[&[u8]]) {
         self.counters.open_rules(snapshot.rules);
         for burst in packets.chunks(BURST) {
             for bytes in burst {

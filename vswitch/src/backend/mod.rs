@@ -8,11 +8,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vswitch_control::{Attached, Backend, FlowSample, OffloadSample, Own, WorkerSample};
+use vswitch_control::{Attached, Backend, FlowSample, OffloadSample, Own, PortRest, WorkerSample};
 use vswitch_dataplane::connection::Connections;
 use vswitch_link::LinkState;
 use vswitch_net::PortId;
-use vswitch_xsk::{AttachedProgram, FastPath, FastTarget, Programs, Role, Vtep, XdpPreference, ZeroCopy};
+use vswitch_xsk::{AttachedProgram, FastPath, FastTarget, Patience, Programs, Role, Vtep, XdpPreference, ZeroCopy};
 
 use crate::worker::{ANSWER_TIMEOUT, Bell, WorkerHandle};
 
@@ -101,7 +101,7 @@ impl Links {
             knows_targets: None,
             lost_before: 0,
             seed,
-            resting: Resting::new(rest_after.map(|after| after.as_nanos() as u64)),
+            resting: Resting::new(rest_after),
             bell,
             start,
         }
@@ -204,6 +204,7 @@ impl Backend for Links {
 
     fn detach(&mut self, port: PortId) {
         // The program first: then nothing new comes, and what is on its way finds its sockets still there.
+        self.forget_rest(port);
         if let (Some(link), Some(programs)) = (self.attached.remove(&port), &mut self.programs) {
             self.lost_before += link.lost();
             programs.detach(link.program);
@@ -242,7 +243,10 @@ impl Backend for Links {
             return Err(format!("worker {from} does not answer: see `switchctl status`"));
         }
         let mut bind = |worker: &mut WorkerHandle| {
-            let socket = worker.binder.bind(link.ifindex, queue, link.zero_copy).map_err(|error| error.to_string())?;
+            let socket = worker
+                .binder
+                .bind(link.ifindex, queue, link.zero_copy, Patience::Long)
+                .map_err(|error| error.to_string())?;
             programs.set_socket(&link.program, queue, &socket).map_err(|error| error.to_string())?;
             worker.add_queue(port, socket);
             Ok(())
@@ -262,6 +266,7 @@ impl Backend for Links {
     }
 
     fn sample(&mut self) -> Vec<WorkerSample> {
+        self.settle_all_lost();
         self.workers.iter().map(|worker| worker.sample().unwrap_or_default()).collect()
     }
 
@@ -269,8 +274,14 @@ impl Backend for Links {
         self.workers.iter().filter_map(|worker| worker.flows(since_ns, limit)).collect()
     }
 
-    fn is_resting(&self, port: PortId) -> bool {
-        self.attached.get(&port).is_some_and(|link| link.seen.is_resting)
+    fn let_rest(&mut self, port: PortId) {
+        if let Some(link) = self.attached.get_mut(&port) {
+            link.seen.may_rest = true;
+        }
+    }
+
+    fn rest(&self, port: PortId) -> Option<PortRest> {
+        self.rest_of(port)
     }
 
     fn offload(&self) -> Option<OffloadSample> {

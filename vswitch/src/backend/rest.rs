@@ -9,10 +9,13 @@
 //!
 //! What comes from a port at rest waits in a BPF ring buffer ([`Waiting`]), what goes to it in its worker; both ring here, and
 //! the sockets are bound again, which takes some milliseconds. Nothing overtakes: packets that wait are taken in before what
-//! comes by the new sockets. What finds either queue full is dropped and counted. A port that goes to rest loses nothing: first
-//! nothing goes to its sockets any more, then its workers take in what is there, then they are closed.
+//! comes by the new sockets. What finds either queue full is dropped and counted. A port that goes to rest loses nothing either:
+//! first nothing goes to its sockets any more, then its workers take in what is there, then they are closed.
 //!
-//! Where memory is short, ports silent for a moment rest too, so that those that speak have it.
+//! Where packet memory is short, ports silent for a moment rest too. A port for which there is none even so is *stuck*: it is tried
+//! again every second, and until then what comes from it is counted in the kernel, where it costs nobody else anything.
+//!
+//! Ports of bridged networks do not rest: every flood would wake all of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::iter;
@@ -22,9 +25,9 @@ use std::thread;
 use std::time::Duration;
 
 use tracing::{debug, warn};
-use vswitch_control::{Backend, HOST_PORT, MAX_UPLINKS, WorkerSample};
+use vswitch_control::{PortRest, WorkerSample};
 use vswitch_net::PortId;
-use vswitch_xsk::{Waiting, WaitingPacket};
+use vswitch_xsk::{Patience, Rest, Waiting, WaitingPacket};
 
 use super::Links;
 use super::attach::first_owner;
@@ -35,14 +38,11 @@ const LOOK_NS: u64 = 5_000_000_000;
 /// How long a port must be silent to rest when memory is short.
 const SILENT_WHEN_SHORT_NS: u64 = 1_000_000_000;
 
-/// Most ports that go to rest at a time: closing a socket takes the kernel milliseconds, and requests wait meanwhile.
+/// Most ports that go to rest, or wake, at a time: each takes the kernel milliseconds, and requests wait meanwhile.
 const AT_A_TIME: usize = 8;
 
 /// How long the kernel may still be at a burst that it began before it was told that the port rests.
 const LAST_BURST: Duration = Duration::from_millis(5);
-
-/// How long after it could not be woken that is tried again for a port.
-const WAKE_AGAIN_NS: u64 = 900_000_000;
 
 /// Most packets that are taken in at once.
 const TAKEN_AT_ONCE: usize = 2048;
@@ -51,16 +51,21 @@ const TAKEN_AT_ONCE: usize = 2048;
 #[derive(Debug)]
 pub(super) struct Resting {
     /// Silence after which a port rests; none if none does.
-    pub(super) after_ns: Option<u64>,
+    after_ns: Option<u64>,
+    /// Whether somebody hears what comes from ports at rest.
+    is_heard: bool,
     looked_ns: u64,
-    /// Ports that could not be woken, and when that is tried again.
-    stuck: BTreeMap<PortId, u64>,
+    /// Ports to wake.
+    called: BTreeSet<PortId>,
+    /// Ports that could not be woken, and why.
+    stuck: BTreeMap<PortId, String>,
 }
 
-/// What was last seen of a port.
+/// What is known of a port.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Seen {
-    pub(super) is_resting: bool,
+    pub(super) may_rest: bool,
+    is_resting: bool,
     /// Packets in both directions, and since when there have been no more.
     packets: u64,
     since_ns: u64,
@@ -72,6 +77,18 @@ struct Woken {
     descriptors: Vec<(u32, Arc<OwnedFd>)>,
 }
 
+impl Resting {
+    pub(super) fn new(after: Option<Duration>) -> Resting {
+        Resting {
+            after_ns: after.map(|after| after.as_nanos() as u64),
+            is_heard: false,
+            looked_ns: 0,
+            called: BTreeSet::new(),
+            stuck: BTreeMap::new(),
+        }
+    }
+}
+
 impl Seen {
     /// Of a port that is attached now.
     pub(super) fn from(now_ns: u64) -> Seen {
@@ -79,79 +96,88 @@ impl Seen {
     }
 }
 
-impl Resting {
-    pub(super) fn new(after_ns: Option<u64>) -> Resting {
-        Resting { after_ns, looked_ns: 0, stuck: BTreeMap::new() }
-    }
-}
-
 impl Links {
-    /// Sends ports to rest that are silent, some at a time. Call it every second.
+    /// The packets of ports at rest, for who listens and then says [so](Self::begin_rests). None if there are no programs yet.
+    pub(crate) fn take_waiting(&mut self) -> Option<Waiting> {
+        self.programs.as_mut()?.take_waiting()
+    }
+
+    /// From now on ports may rest.
+    pub(crate) fn begin_rests(&mut self) {
+        self.resting.is_heard = true;
+    }
+
+    /// Sends ports to rest that are silent, some at a time, and tries again to wake those that are stuck. Call it every second.
     pub(crate) fn rest_silent(&mut self) {
         let Some(after_ns) = self.resting.after_ns else { return };
-        if !self.resting.stuck.is_empty() {
+        self.resting.called.extend(self.resting.stuck.keys());
+        if !self.resting.is_heard || !self.resting.called.is_empty() {
             self.bell.rung.notify_one();
         }
         let now_ns = self.now_ns();
-        if now_ns < self.resting.looked_ns + after_ns.min(LOOK_NS) {
+        if now_ns < self.resting.looked_ns + after_ns.min(LOOK_NS) || !self.look() {
             return;
         }
-        self.look(now_ns);
-        let silent = self.silent(now_ns, after_ns);
+        let silent = self.silent(after_ns);
         self.rest(&silent[..silent.len().min(AT_A_TIME)]);
         if silent.len() <= AT_A_TIME {
-            self.resting.looked_ns = now_ns;
+            self.resting.looked_ns = self.now_ns();
         }
     }
 
-    /// Wakes ports that something is to be sent to, and those that packets came from. True if more wait than were taken.
-    pub(crate) fn wake(&mut self, mut called: BTreeSet<PortId>, waiting: &mut Waiting) -> bool {
-        let mut packets: Vec<WaitingPacket> = iter::from_fn(|| waiting.take()).take(TAKEN_AT_ONCE).collect();
-        called.extend(packets.iter().map(|packet| packet.port));
-        called.extend(self.resting.stuck.keys());
-        let now_ns = self.now_ns();
-        let mut woken = Vec::new();
-        for port in called {
-            let stuck = self.resting.stuck.remove(&port);
-            if let Some(again_ns) = stuck.filter(|&again_ns| now_ns < again_ns) {
-                self.resting.stuck.insert(port, again_ns);
-                continue;
-            }
-            match self.bind_again(port) {
-                Ok(None) => {}
-                Ok(Some(port)) => woken.push(port),
-                Err(error) => {
-                    if stuck.is_none() {
-                        warn!("port {port} cannot be woken, which is tried again: {error}");
-                    }
-                    self.resting.stuck.insert(port, now_ns + WAKE_AGAIN_NS);
-                }
-            }
-        }
-        // The kernel has frames for them before it is told of them.
+    /// Takes in what came from ports at rest, and wakes some of those that it came from or goes to. True if that is not all.
+    pub(crate) fn wake(&mut self, called: BTreeSet<PortId>, waiting: &mut Waiting) -> bool {
+        self.resting.called.extend(called);
+        let packets = self.taken(waiting);
+        let mut is_more = packets.len() == TAKEN_AT_ONCE;
+        let woken = self.bind_called();
+        // The kernel has frames for the new sockets before it is told of them.
         if !woken.is_empty()
             && let Err(error) = self.sync()
         {
             warn!("ports are woken, and packets may be lost: {error}");
         }
-        let lost: Vec<(PortId, u64)> = woken.into_iter().map(|woken| (woken.port, self.connect_again(woken))).collect();
-        // What came until the last socket was there, before what comes by them.
-        packets.extend(iter::from_fn(|| waiting.take()).take(TAKEN_AT_ONCE));
-        let is_more = packets.len() >= TAKEN_AT_ONCE;
+        let connected: Vec<PortId> = woken.into_iter().filter_map(|woken| self.connect_again(woken)).collect();
+        // What came until the last of them was there, before what comes by them.
+        let late = self.taken(waiting);
+        is_more |= late.len() == TAKEN_AT_ONCE;
         self.take_in(packets);
-        for (port, lost) in lost {
+        self.take_in(late);
+        for port in connected {
             debug!("port {port} is awake");
             self.workers.iter().for_each(|worker| worker.wake(port));
-            if let (Some(worker), 1..) = (self.workers.first(), lost) {
-                worker.count_lost(port, lost);
-            }
+            self.settle_lost(port);
         }
-        is_more
+        is_more || !self.resting.called.is_empty()
     }
 
-    /// The packets of ports at rest, once there are any such.
-    pub(crate) fn take_waiting(&mut self) -> Option<Waiting> {
-        self.programs.as_mut()?.take_waiting()
+    /// Whether a port is at rest.
+    pub(super) fn rest_of(&self, port: PortId) -> Option<PortRest> {
+        self.attached.get(&port).filter(|link| link.seen.is_resting)?;
+        let stuck = self.resting.stuck.get(&port).cloned();
+        Some(stuck.map_or(PortRest::Silent, PortRest::Stuck))
+    }
+
+    /// Counts what was lost of ports at rest.
+    pub(super) fn settle_all_lost(&mut self) {
+        let resting = self.attached.iter().filter(|(_, link)| link.seen.is_resting);
+        let resting: Vec<PortId> = resting.map(|(&port, _)| port).collect();
+        resting.into_iter().for_each(|port| self.settle_lost(port));
+    }
+
+    /// Counts what was lost of a port while it was at rest.
+    pub(super) fn settle_lost(&mut self, port: PortId) {
+        let (Some(link), Some(programs)) = (self.attached.get_mut(&port), &self.programs) else { return };
+        if let (Some(worker), lost @ 1..) = (self.workers.first(), programs.take_lost(&mut link.program)) {
+            worker.count_lost(port, lost);
+        }
+    }
+
+    /// Forgets a port that is detached.
+    pub(super) fn forget_rest(&mut self, port: PortId) {
+        self.settle_lost(port);
+        self.resting.called.remove(&port);
+        self.resting.stuck.remove(&port);
     }
 
     /// Has silent ports rest until every worker has the memory of another port.
@@ -160,25 +186,23 @@ impl Links {
     ///
     /// A sentence with the remedy, if all others are busy.
     pub(super) fn make_room(&mut self) -> Result<(), String> {
-        let Err(mut error) = self.check_memory() else { return Ok(()) };
-        if self.resting.after_ns.is_none() {
-            return Err(error);
-        }
-        let now_ns = self.now_ns();
-        self.look(now_ns);
-        for port in self.silent(now_ns, SILENT_WHEN_SHORT_NS) {
-            self.rest(&[port]);
-            match self.check_memory() {
-                Ok(()) => return Ok(()),
-                Err(still) => error = still,
+        while let Err(error) = self.check_memory() {
+            if self.resting.after_ns.is_none() || !self.resting.is_heard || !self.look() {
+                return Err(error);
+            }
+            match self.silent(SILENT_WHEN_SHORT_NS).first() {
+                Some(&port) if self.rest(&[port]) => {}
+                _ => return Err(error),
             }
         }
-        Err(error)
+        Ok(())
     }
 
-    /// Takes note of who has had packets.
-    fn look(&mut self, now_ns: u64) {
-        let samples: Vec<WorkerSample> = self.workers.iter().filter_map(|worker| worker.sample()).collect();
+    /// Takes note of who has had packets. False if a worker does not answer.
+    fn look(&mut self) -> bool {
+        let now_ns = self.now_ns();
+        let samples: Option<Vec<WorkerSample>> = self.workers.iter().map(|worker| worker.sample()).collect();
+        let Some(samples) = samples else { return false };
         for (port, link) in &mut self.attached {
             let of = |sample: &WorkerSample| {
                 let counters = sample.counters.port(*port);
@@ -190,31 +214,34 @@ impl Links {
                 link.seen.since_ns = now_ns;
             }
         }
+        true
     }
 
-    /// Pods' ports that have been silent for so long, or never had a packet; the longest first.
-    fn silent(&self, now_ns: u64, for_ns: u64) -> Vec<PortId> {
-        let pods = self.attached.iter().filter(|(port, _)| port.index() >= MAX_UPLINKS && **port != HOST_PORT);
-        let mut silent: Vec<(u64, PortId)> = pods
-            .filter(|(_, link)| !link.seen.is_resting && now_ns.saturating_sub(link.seen.since_ns) >= for_ns)
+    /// Ports that may rest and have been silent for so long; the longest first.
+    fn silent(&self, for_ns: u64) -> Vec<PortId> {
+        let now_ns = self.now_ns();
+        let awake = self.attached.iter().filter(|(_, link)| link.seen.may_rest && !link.seen.is_resting);
+        let mut silent: Vec<(u64, PortId)> = awake
+            .filter(|(_, link)| now_ns.saturating_sub(link.seen.since_ns) >= for_ns)
             .map(|(&port, link)| (link.seen.since_ns, port))
             .collect();
         silent.sort_unstable();
         silent.into_iter().map(|(_, port)| port).collect()
     }
 
-    /// Takes the sockets of ports away.
+    /// Takes the sockets of ports away. False if a worker does not answer.
     #[expect(
         clippy::disallowed_methods,
         reason = "runs on the control thread, which has the kernel close sockets next"
     )]
-    fn rest(&mut self, ports: &[PortId]) {
-        let Some(programs) = &mut self.programs else { return };
+    fn rest(&mut self, ports: &[PortId]) -> bool {
+        let Some(programs) = self.programs.as_mut().filter(|_| self.resting.is_heard) else { return false };
         let mut leaving = Vec::new();
         for port in ports {
             let Some(link) = self.attached.get_mut(port) else { continue };
-            match programs.begin_rest(&mut link.program) {
+            match programs.set_rest(&mut link.program, Rest::Waits) {
                 Ok(()) => {
+                    programs.unset_sockets(&link.program, link.owners.len() as u32);
                     link.seen.is_resting = true;
                     leaving.push(*port);
                 }
@@ -222,56 +249,108 @@ impl Links {
             }
         }
         if leaving.is_empty() {
-            return;
+            return true;
         }
         thread::sleep(LAST_BURST);
-        for port in leaving {
-            debug!("port {port} is at rest");
-            let is_done = self.workers.iter().all(|worker| worker.rest(port));
-            if !is_done {
-                warn!("port {port} goes to rest, and a worker does not answer: see `switchctl status`");
-            }
-        }
-        // Whoever wakes them may not have had anybody to listen to until now.
-        self.bell.rung.notify_one();
+        debug!("at rest: ports {leaving:?}");
+        self.close_sockets(&leaving)
     }
 
-    /// Binds the queues of a port at rest again, and hands the sockets to its workers. None if it is not at rest.
-    fn bind_again(&mut self, port: PortId) -> Result<Option<Woken>, String> {
-        if !self.is_resting(port) {
-            return Ok(None);
+    /// Closes the sockets of ports at rest. False if a worker does not answer.
+    fn close_sockets(&self, ports: &[PortId]) -> bool {
+        let of_port = |&port: &PortId| self.workers.iter().map(move |worker| (worker, worker.begin_rest(port)));
+        let leaving: Vec<_> = ports.iter().flat_map(of_port).collect();
+        let is_closed = leaving.iter().all(|(worker, sockets)| worker.finish(sockets));
+        if !is_closed {
+            warn!("ports go to rest, and a worker does not answer: see `switchctl status`");
         }
-        self.make_room()?;
-        let Some(link) = self.attached.get(&port) else { return Ok(None) };
+        is_closed
+    }
+
+    /// Binds the queues of some of the ports that are called. Where memory is short, the others are stuck as well.
+    fn bind_called(&mut self) -> Vec<Woken> {
+        let attached = &self.attached;
+        self.resting.called.retain(|port| attached.get(port).is_some_and(|link| link.seen.is_resting));
+        let mut woken = Vec::new();
+        for _ in 0..AT_A_TIME {
+            let Some(port) = self.resting.called.pop_first() else { break };
+            if let Err(error) = self.make_room() {
+                for port in iter::once(port).chain(std::mem::take(&mut self.resting.called)) {
+                    self.stick(port, error.clone());
+                }
+                break;
+            }
+            match self.bind_again(port) {
+                Ok(port) => woken.push(port),
+                Err(error) => self.stick(port, error),
+            }
+        }
+        woken
+    }
+
+    /// Binds the queues of a port at rest, and hands the sockets to its workers.
+    fn bind_again(&mut self, port: PortId) -> Result<Woken, String> {
+        let link = self.attached.get(&port).ok_or("the port is gone")?;
         // To ask for one more queue than there is costs as much as a socket.
-        let sockets = self.bind(link.ifindex, link.zero_copy, link.owners.len() as u32)?;
+        let queues = link.owners.len() as u32;
+        let sockets = self.bind(link.ifindex, link.zero_copy, queues, Patience::Short)?;
         let descriptors = sockets.iter().flatten().map(|socket| (socket.queue(), socket.descriptor())).collect();
         for (worker, sockets) in self.workers.iter().zip(sockets) {
             worker.prepare(port, sockets);
         }
-        Ok(Some(Woken { port, descriptors }))
+        Ok(Woken { port, descriptors })
     }
 
-    /// Has the program send packets to the sockets of a port at rest. How many found no room to wait for that.
-    fn connect_again(&mut self, Woken { port, descriptors }: Woken) -> u64 {
+    /// Has the program send packets to the new sockets of a port. The port, if that can be.
+    fn connect_again(&mut self, Woken { port, descriptors }: Woken) -> Option<PortId> {
         let now_ns = self.now_ns();
-        let (Some(link), Some(programs)) = (self.attached.get_mut(&port), &mut self.programs) else { return 0 };
+        let (link, programs) = (self.attached.get_mut(&port)?, self.programs.as_mut()?);
         let connected = descriptors.iter().try_for_each(|(queue, fd)| programs.set_socket(&link.program, *queue, fd));
-        let lost = connected.and_then(|()| programs.end_rest(&mut link.program));
-        link.seen.is_resting = false;
-        link.seen.since_ns = now_ns;
-        lost.unwrap_or_else(|error| {
-            warn!("port {port} is woken, and its program was not told: {error}");
-            0
-        })
+        match connected.and_then(|()| programs.set_rest(&mut link.program, Rest::None)) {
+            Ok(()) => {
+                link.seen.is_resting = false;
+                link.seen.since_ns = now_ns;
+                if self.resting.stuck.remove(&port).is_some() {
+                    warn!("port {port} could be woken");
+                }
+                Some(port)
+            }
+            Err(error) => {
+                programs.unset_sockets(&link.program, link.owners.len() as u32);
+                self.close_sockets(&[port]);
+                self.stick(port, error.to_string());
+                None
+            }
+        }
     }
 
-    /// Hands packets to the workers of their queues, those of a port together.
-    fn take_in(&self, packets: Vec<WaitingPacket>) {
-        let owner = |packet: &WaitingPacket| (packet.port, first_owner(packet.queue as usize, self.workers.len()));
-        for together in packets.chunk_by(|one, next| owner(one) == owner(next)) {
-            let (port, worker) = owner(&together[0]);
-            self.workers[worker].receive(port, together.iter().map(|packet| packet.bytes.clone()).collect());
+    /// Notes that a port cannot be woken. What comes from it is counted as lost until it can.
+    fn stick(&mut self, port: PortId, error: String) {
+        let (Some(link), Some(programs)) = (self.attached.get_mut(&port), &mut self.programs) else { return };
+        if let Err(error) = programs.set_rest(&mut link.program, Rest::Deaf) {
+            warn!("port {port}: {error}");
+        }
+        if !self.resting.stuck.contains_key(&port) {
+            warn!("port {port} cannot be woken, which is tried again every second: {error}");
+        }
+        self.resting.stuck.insert(port, error);
+    }
+
+    /// What waits, as much as is taken at once; its ports are called.
+    fn taken(&mut self, waiting: &mut Waiting) -> Vec<WaitingPacket> {
+        let packets: Vec<WaitingPacket> = iter::from_fn(|| waiting.take()).take(TAKEN_AT_ONCE).collect();
+        self.resting.called.extend(packets.iter().map(|packet| packet.port));
+        packets
+    }
+
+    /// Hands packets to the workers of their queues.
+    fn take_in(&self, mut packets: Vec<WaitingPacket>) {
+        for (index, worker) in self.workers.iter().enumerate() {
+            let is_its = |packet: &mut WaitingPacket| first_owner(packet.queue as usize, self.workers.len()) == index;
+            let its: Vec<WaitingPacket> = packets.extract_if(.., is_its).collect();
+            if !its.is_empty() {
+                worker.receive(its);
+            }
         }
     }
 

@@ -69,8 +69,16 @@ impl Daemon {
     #[expect(deprecated, reason = "the way without `unsafe`: the ring owns its descriptor and never gives it away")]
     pub(crate) fn take_waiting(&self) -> Option<AsyncFd<Waiting>> {
         let waiting = self.links.borrow_mut().take_waiting()?;
-        let ring = AsyncFd::with_interest(waiting, Interest::READABLE);
-        ring.inspect_err(|error| warn!("ports at rest cannot be listened to: {error}")).ok()
+        match AsyncFd::with_interest(waiting, Interest::READABLE) {
+            Ok(ring) => {
+                self.links.borrow_mut().begin_rests();
+                Some(ring)
+            }
+            Err(error) => {
+                warn!("no port will rest, for nobody could hear it: {error}");
+                None
+            }
+        }
     }
 
     /// What leaves the node fits the uplink as it is now: pods' routes follow its MTU.

@@ -12,7 +12,7 @@ use crossbeam_channel::{Receiver, Sender};
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use vswitch_control::{FlowSample, Own, WorkerSample};
 use vswitch_net::PortId;
-use vswitch_xsk::{Binder, BoundSocket, Closing, FastTable, Umem};
+use vswitch_xsk::{Binder, BoundSocket, Closing, FastTable, Umem, WaitingPacket};
 
 use super::{Setup, Shared, WAKER, WorkerThread};
 
@@ -36,7 +36,7 @@ pub(super) enum Command {
     Prepare(PortId, Vec<BoundSocket>),
     Wake(PortId),
     Rest(PortId, Sender<Vec<(Arc<OwnedFd>, Closing)>>),
-    Receive(PortId, Vec<Vec<u8>>),
+    Receive(Vec<WaitingPacket>),
     Lost(PortId, u64),
     RemoveQueue(PortId, u32, Sender<Vec<(Arc<OwnedFd>, Closing)>>),
     Reclaim(Vec<Closing>),
@@ -86,10 +86,10 @@ impl WorkerHandle {
         self.send(Command::Insert(port, sockets));
     }
 
-    /// Takes the sockets of a silent port away and closes them; what is to be sent to it waits from then on, and rings the
-    /// bell. False if the worker does not answer.
-    pub(crate) fn rest(&self, port: PortId) -> bool {
-        self.close(|answer| Command::Rest(port, answer))
+    /// Has the worker give the sockets of a silent port away; what is to be sent to it waits from then on, and rings the bell.
+    /// [`finish`](Self::finish) closes them.
+    pub(crate) fn begin_rest(&self, port: PortId) -> Receiver<Vec<(Arc<OwnedFd>, Closing)>> {
+        self.ask(|answer| Command::Rest(port, answer))
     }
 
     /// Hands sockets for a port at rest over. They take packets in as soon as the worker has answered, which
@@ -103,9 +103,9 @@ impl WorkerHandle {
         self.send(Command::Wake(port));
     }
 
-    /// Hands packets over that came from a port at rest.
-    pub(crate) fn receive(&self, port: PortId, packets: Vec<Vec<u8>>) {
-        self.send(Command::Receive(port, packets));
+    /// Hands packets over that came from ports at rest.
+    pub(crate) fn receive(&self, packets: Vec<WaitingPacket>) {
+        self.send(Command::Receive(packets));
     }
 
     /// Has packets counted that came from a port at rest and were lost.
@@ -130,8 +130,17 @@ impl WorkerHandle {
 
     /// Has the worker give sockets away, and closes them here, off the data path. False if it does not answer.
     fn close(&self, command: impl FnOnce(Sender<Vec<(Arc<OwnedFd>, Closing)>>) -> Command) -> bool {
-        let (answer, sockets) = crossbeam_channel::bounded(1);
+        self.finish(&self.ask(command))
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Receiver<T> {
+        let (answer, answered) = crossbeam_channel::bounded(1);
         self.send(command(answer));
+        answered
+    }
+
+    /// Closes sockets that the worker gives away. False if it does not answer.
+    pub(crate) fn finish(&self, sockets: &Receiver<Vec<(Arc<OwnedFd>, Closing)>>) -> bool {
         let Ok(sockets) = sockets.recv_timeout(ANSWER_TIMEOUT) else { return false };
         let closing = sockets
             .into_iter()
@@ -156,23 +165,17 @@ impl WorkerHandle {
 
     /// Asks for an answer between two turns: what was published before is what all later packets meet.
     pub(crate) fn begin_sync(&self) -> Receiver<()> {
-        let (answer, done) = crossbeam_channel::bounded(1);
-        self.send(Command::Sync(answer));
-        done
+        self.ask(Command::Sync)
     }
 
     /// The worker's numbers.
     pub(crate) fn sample(&self) -> Option<WorkerSample> {
-        let (answer, sample) = crossbeam_channel::bounded(1);
-        self.send(Command::Sample(answer));
-        sample.recv_timeout(ANSWER_TIMEOUT).ok()
+        self.ask(Command::Sample).recv_timeout(ANSWER_TIMEOUT).ok()
     }
 
     /// Some of the worker's flows.
     pub(crate) fn flows(&self, since_ns: u64, limit: usize) -> Option<FlowSample> {
-        let (answer, flows) = crossbeam_channel::bounded(1);
-        self.send(Command::Flows { since_ns, limit, answer });
-        flows.recv_timeout(ANSWER_TIMEOUT).ok()
+        self.ask(|answer| Command::Flows { since_ns, limit, answer }).recv_timeout(ANSWER_TIMEOUT).ok()
     }
 
     fn send(&self, command: Command) {

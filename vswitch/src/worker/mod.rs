@@ -4,6 +4,7 @@
 //! polled; with no active port left the thread lingers ([`Linger`]) and then sleeps there. Commands come over a queue, with
 //! an eventfd to end a sleep.
 
+mod commands;
 mod handle;
 mod queues;
 
@@ -17,15 +18,16 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 use tokio::sync::Notify;
-use vswitch_control::{FlowSample, MAX_UPLINKS, Own, SocketSample, WorkerSample, WorkerTimes};
+use vswitch_control::{SocketSample, WorkerSample, WorkerTimes};
 use vswitch_dataplane::connection::Connections;
-use vswitch_dataplane::{DropReason, Event, Snapshot, Worker, WorkerConfig};
+use vswitch_dataplane::{Event, Snapshot, Worker, WorkerConfig};
 use vswitch_net::PortId;
-use vswitch_xsk::{BoundSocket, Closing, Umem, XskSocket, cycles};
+use vswitch_xsk::{Umem, XskSocket, cycles};
 
 use crate::config::Poll;
 use crate::linger::Linger;
 
+use self::commands::Leaving;
 use self::handle::Command;
 pub(crate) use self::handle::{ANSWER_TIMEOUT, WorkerHandle};
 pub(crate) use self::queues::Bell;
@@ -33,9 +35,6 @@ use self::queues::Queues;
 
 /// While ports are polled, parked ones are looked at every so many turns.
 const PARKED_CHECK_TURNS: u32 = 32;
-
-/// How long a port that is to rest may still send.
-const LEAVING_TURNS: u32 = 1000;
 
 /// Longest sleep; a shorter one while sent frames are still with the kernel.
 const SLEEP: Duration = Duration::from_millis(500);
@@ -81,13 +80,6 @@ impl Setup {
     }
 }
 
-/// A port that is to rest.
-struct Leaving {
-    port: PortId,
-    answer: Sender<Vec<(Arc<OwnedFd>, Closing)>>,
-    turns: u32,
-}
-
 struct WorkerThread {
     worker: Worker<Queues>,
     inbox: Receiver<Command>,
@@ -97,7 +89,10 @@ struct WorkerThread {
     sleeper: OwnedFd,
     waker: Arc<OwnedFd>,
     linger: Linger,
+    /// Ports that are to rest.
     leaving: Vec<Leaving>,
+    /// What sockets had counted that ports at rest gave away.
+    retired: Vec<SocketSample>,
     turns: u64,
     sleeps: u64,
     times: WorkerTimes,
@@ -126,6 +121,7 @@ impl WorkerThread {
             waker,
             linger: Linger::default(),
             leaving: Vec::new(),
+            retired: Vec::new(),
             turns: 0,
             sleeps: 0,
             times: WorkerTimes::default(),
@@ -199,147 +195,6 @@ impl WorkerThread {
         }
     }
 
-    /// False to stop.
-    fn obey(&mut self, command: Command) -> bool {
-        match command {
-            Command::Insert(port, sockets) => {
-                let count = sockets.len();
-                let sockets: Vec<XskSocket> =
-                    sockets.into_iter().map(|socket| self.adopt(port, socket, count)).collect();
-                self.insert(port, sockets);
-            }
-            Command::Prepare(port, sockets) => {
-                let count = sockets.len();
-                let sockets: Vec<XskSocket> =
-                    sockets.into_iter().map(|socket| self.adopt(port, socket, count)).collect();
-                match self.worker.port_and_umem(port) {
-                    Some((queues, umem)) => queues.prepare(sockets, umem),
-                    None => self.discard(Queues::new(sockets)),
-                }
-            }
-            Command::Wake(port) => {
-                if let Some((queues, umem)) = self.worker.port_and_umem(port) {
-                    queues.wake(umem);
-                    self.poll(port);
-                }
-            }
-            Command::Remove(port, answer) => {
-                let queues = self.worker.remove_port(port);
-                let sockets = queues.map_or_else(Vec::new, |queues| queues.dissolve(self.worker.umem_mut()));
-                self.give_away(sockets, &answer);
-            }
-            Command::Rest(port, answer) => {
-                // Not before what has come is taken in.
-                self.poll(port);
-                self.leaving.push(Leaving { port, answer, turns: 0 });
-            }
-            Command::Receive(port, packets) => {
-                let now_ns = self.shared.start.elapsed().as_nanos() as u64;
-                self.worker.receive(port, now_ns, self.snapshot.load(), &packets);
-            }
-            Command::Lost(port, packets) => self.worker.count_lost(port, packets, DropReason::Resting),
-            Command::AddQueue(port, socket) => {
-                let count = self.worker.port(port).map_or(0, |queues| queues.sockets.len()) + 1;
-                let socket = self.adopt(port, *socket, count);
-                match self.worker.port_and_umem(port) {
-                    Some((queues, _)) => queues.sockets.push(socket),
-                    None => self.insert(port, vec![socket]),
-                }
-                self.poll(port);
-            }
-            Command::RemoveQueue(port, queue, answer) => {
-                let sockets = self.worker.port_and_umem(port).map_or_else(Vec::new, |(queues, _)| {
-                    queues.turn = 0;
-                    queues.sockets.extract_if(.., |socket| socket.queue() == queue).collect()
-                });
-                self.give_away(sockets, &answer);
-            }
-            Command::Reclaim(closing) => {
-                closing.into_iter().for_each(|closing| closing.reclaim(self.worker.umem_mut()));
-            }
-            Command::Offload(table) => self.worker.offload(Box::new(table)),
-            Command::Originate(packets) => {
-                let now_ns = self.shared.start.elapsed().as_nanos() as u64;
-                let snapshot = self.snapshot.load();
-                for Own { way, bytes } in packets {
-                    self.worker.originate(now_ns, snapshot, way, &bytes);
-                }
-            }
-            Command::Sync(answer) => {
-                let _ = answer.send(());
-            }
-            Command::Sample(answer) => {
-                self.worker.settle(self.shared.start.elapsed().as_nanos() as u64);
-                let _ = answer.send(self.sample());
-            }
-            Command::Flows { since_ns, limit, answer } => {
-                self.worker.settle(self.shared.start.elapsed().as_nanos() as u64);
-                let flows = self.worker.flows(since_ns, limit);
-                let _ = answer.send(FlowSample { worker: self.setup.index, flows });
-            }
-            Command::Stop => return false,
-        }
-        true
-    }
-
-    /// Makes a port.
-    fn insert(&mut self, port: PortId, sockets: Vec<XskSocket>) {
-        if let Some(before) = self.worker.insert_port(port, Queues::new(sockets)) {
-            self.discard(before);
-        }
-    }
-
-    /// Closes the sockets of ports that are to rest, once what they had received was taken in, and what they had to send was
-    /// looked at by the kernel; that it waits for no longer than a link may need that is up.
-    fn let_rest(&mut self) {
-        for mut leaving in std::mem::take(&mut self.leaving) {
-            let port = leaving.port;
-            leaving.turns += 1;
-            let is_unsent = self.worker.port_and_umem(port).is_some_and(|(queues, _)| queues.is_unsent());
-            if is_unsent && leaving.turns < LEAVING_TURNS {
-                self.leaving.push(leaving);
-                continue;
-            }
-            let sockets = match self.worker.port_and_umem(port) {
-                Some((queues, _)) => queues.rest(port, self.shared.bell.clone()),
-                None => Vec::new(),
-            };
-            self.give_away(sockets, &leaving.answer);
-        }
-    }
-
-    /// Makes a socket one of this worker's.
-    /// It is one of so many of its port.
-    fn adopt(&mut self, port: PortId, socket: BoundSocket, count: usize) -> XskSocket {
-        let umem = self.worker.umem_mut();
-        let socket = socket.adopt(umem);
-        if port.index() < MAX_UPLINKS { socket.expect_many(umem, count) } else { socket }
-    }
-
-    /// Gives sockets to whoever closes them.
-    fn give_away(&mut self, sockets: Vec<XskSocket>, answer: &Sender<Vec<(Arc<OwnedFd>, Closing)>>) {
-        let closing: Vec<(Arc<OwnedFd>, Closing)> = sockets
-            .into_iter()
-            .map(|socket| {
-                // It is there only while the port is parked.
-                let _ = epoll::delete(&self.sleeper, &socket);
-                socket.close_later(self.worker.umem_mut())
-            })
-            .collect();
-        if let Err(unheard) = answer.send(closing) {
-            // Nobody waits any more: close here, whatever it takes.
-            for (fd, closing) in unheard.0 {
-                drop(fd);
-                closing.reclaim(self.worker.umem_mut());
-            }
-        }
-    }
-
-    fn discard(&mut self, queues: Queues) {
-        let umem = self.worker.umem_mut();
-        queues.dissolve(umem).into_iter().for_each(|socket| socket.close(umem));
-    }
-
     fn report(&mut self) {
         let mut lost = 0;
         for event in self.worker.drain_events() {
@@ -402,16 +257,19 @@ impl WorkerThread {
     }
 
     fn sample(&self) -> WorkerSample {
-        let sockets = self.worker.ports().flat_map(|(port, queues)| {
-            queues.sockets.iter().map(move |socket| SocketSample {
-                port: Some(port),
-                queue: socket.queue(),
-                // A link that is gone has no statistics any more.
-                kernel: socket.statistics().unwrap_or_default(),
-                kicks: socket.counters(),
-                fill_depth: socket.fill_depth(),
-            })
-        });
+        let of = |(port, queues): (PortId, &'_ Queues)| -> Vec<SocketSample> {
+            queues.sockets.iter().map(|socket| sample_of(port, socket)).collect()
+        };
+        let mut sockets: Vec<SocketSample> = self.worker.ports().flat_map(of).collect();
+        for before in &self.retired {
+            match sockets.iter_mut().find(|now| (now.port, now.queue) == (before.port, before.queue)) {
+                Some(now) => {
+                    now.kernel.add(&before.kernel);
+                    now.kicks.add(&before.kicks);
+                }
+                None => sockets.push(SocketSample { fill_depth: 0, ..*before }),
+            }
+        }
         WorkerSample {
             core: self.setup.core,
             counters: self.worker.counters().clone(),
@@ -421,8 +279,19 @@ impl WorkerThread {
             sleeps: self.sleeps,
             perf: self.worker.perf().clone(),
             times: WorkerTimes { cycles: cycles().wrapping_sub(self.start_cycles), ..self.times },
-            sockets: sockets.collect(),
+            sockets,
             fast: self.worker.fast_state(),
         }
+    }
+}
+
+fn sample_of(port: PortId, socket: &XskSocket) -> SocketSample {
+    SocketSample {
+        port: Some(port),
+        queue: socket.queue(),
+        // A link that is gone has no statistics any more.
+        kernel: socket.statistics().unwrap_or_default(),
+        kicks: socket.counters(),
+        fill_depth: socket.fill_depth(),
     }
 }

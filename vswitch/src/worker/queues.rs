@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crossbeam_channel::Sender;
 use tokio::sync::Notify;
-use vswitch_dataplane::PortIo;
+use vswitch_dataplane::{PortIo, may_wait};
 use vswitch_net::PortId;
 use vswitch_xsk::{Packet, TxChecksum, Umem, XskSocket};
 
@@ -34,7 +34,7 @@ pub(super) struct Queues {
     pub(super) sockets: Vec<XskSocket>,
     /// Where the next burst begins, so that one busy queue does not starve the others.
     pub(super) turn: usize,
-    /// In the place of sockets, if there are none for now.
+    /// If the port is at rest: the sockets, if there are any, are not used yet.
     rest: Option<Rest>,
 }
 
@@ -49,29 +49,25 @@ struct Rest {
 }
 
 impl Queues {
-    /// Those that are polled.
     pub(super) fn new(sockets: Vec<XskSocket>) -> Queues {
         Queues { sockets, turn: 0, rest: None }
     }
 
-    /// Those of a port at rest.
-    pub(super) fn resting(port: PortId, bell: Bell) -> Queues {
-        let rest = Rest { port, held: VecDeque::new(), frames: 0, bell, is_heard: false };
-        Queues { sockets: Vec::new(), turn: 0, rest: Some(rest) }
-    }
-
     /// Gives the sockets away; what is to be sent waits from now on.
     pub(super) fn rest(&mut self, port: PortId, bell: Bell) -> Vec<XskSocket> {
-        std::mem::replace(self, Queues::resting(port, bell)).sockets
+        self.rest.get_or_insert_with(|| Rest { port, held: VecDeque::new(), frames: 0, bell, is_heard: false });
+        self.turn = 0;
+        std::mem::take(&mut self.sockets)
     }
 
-    /// Adds sockets to those of a port at rest: packets may come to them, and are taken in from [`wake`](Self::wake) on.
+    /// Gives those of a port at rest sockets. Packets may come to them, and are taken in from [`wake`](Self::wake) on.
     pub(super) fn prepare(&mut self, mut sockets: Vec<XskSocket>, umem: &mut Umem) {
         for socket in &mut sockets {
             // Nothing is taken, and the fill ring is filled.
             socket.rx_burst(umem, &mut Vec::new(), 0);
         }
-        self.sockets = sockets;
+        let before = std::mem::replace(&mut self.sockets, sockets);
+        before.into_iter().for_each(|socket| socket.close(umem));
     }
 
     /// Ends the rest: what waited is sent with the next flush.
@@ -89,13 +85,11 @@ impl Queues {
         self.sockets
     }
 
-    /// True while the kernel has not looked at all that is to be sent.
-    pub(super) fn is_unsent(&mut self) -> bool {
-        self.sockets.iter_mut().any(XskSocket::is_unsent)
+    /// True while packets lie in the sockets' rings that nobody has looked at.
+    pub(super) fn is_in_use(&mut self) -> bool {
+        self.rest.is_none() && self.sockets.iter_mut().any(XskSocket::is_in_use)
     }
-}
 
-impl Queues {
     fn take_held(&mut self) -> VecDeque<(Packet, Option<TxChecksum>)> {
         self.rest.take().map_or_else(VecDeque::new, |rest| rest.held)
     }
@@ -115,7 +109,7 @@ impl PortIo for Queues {
 
     fn tx_push(&mut self, umem: &mut Umem, packet: Packet, checksum: Option<TxChecksum>) -> Result<(), Packet> {
         match (&mut self.rest, self.sockets.first_mut()) {
-            (Some(rest), _) => rest.hold(packet, checksum),
+            (Some(rest), _) => rest.hold(umem, packet, checksum),
             (None, Some(socket)) => socket.tx_push(umem, packet, checksum),
             (None, None) => Err(packet),
         }
@@ -123,7 +117,8 @@ impl PortIo for Queues {
 
     fn flush(&mut self, umem: &mut Umem) -> bool {
         match (&mut self.rest, self.sockets.first_mut()) {
-            (Some(rest), _) => rest.call(),
+            // Nothing can be done about what waits.
+            (Some(_), _) => true,
             (None, Some(socket)) => socket.flush(umem) && !socket.is_sending(),
             (None, None) => true,
         }
@@ -135,20 +130,16 @@ impl PortIo for Queues {
 }
 
 impl Rest {
-    fn hold(&mut self, packet: Packet, checksum: Option<TxChecksum>) -> Result<(), Packet> {
-        if self.frames + packet.frames() > HELD_FRAMES {
+    /// Holds a packet, as long as others find frames, and has the port woken.
+    fn hold(&mut self, umem: &Umem, packet: Packet, checksum: Option<TxChecksum>) -> Result<(), Packet> {
+        if !self.is_heard {
+            self.is_heard = self.bell.ring(self.port);
+        }
+        if self.frames + packet.frames() > HELD_FRAMES || !may_wait(umem) {
             return Err(packet);
         }
         self.frames += packet.frames();
         self.held.push_back((packet, checksum));
         Ok(())
-    }
-
-    /// Has the port woken if something waits for it. True if nothing does.
-    fn call(&mut self) -> bool {
-        if !self.held.is_empty() && !self.is_heard {
-            self.is_heard = self.bell.ring(self.port);
-        }
-        self.held.is_empty()
     }
 }

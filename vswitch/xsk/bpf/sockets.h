@@ -24,7 +24,7 @@ struct link {
 	/* Whether flows may be forwarded here. */
 	__u32 is_fast;
 	/* Whether it is without sockets for now: see waiting.h. */
-	__u32 is_resting;
+	__u32 rest;
 };
 
 /* By interface index. */

@@ -25,8 +25,8 @@ int pod(struct xdp_md *ctx)
 			return verdict;
 	}
 	verdict = to_socket(ctx, link, XDP_DROP);
-	if (verdict != XDP_REDIRECT && link->is_resting)
-		await_socket(ctx, link);
+	if (verdict != XDP_REDIRECT)
+		await_socket(ctx);
 	return verdict;
 }
 

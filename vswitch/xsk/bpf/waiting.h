@@ -10,6 +10,13 @@
 #define SMALL_PACKET 1520
 #define LARGE_PACKET 65568
 
+/* What `rest` of a link says. */
+#define REST_NONE 0
+/* Its packets wait. */
+#define REST_WAITS 1
+/* It cannot have sockets for now: its packets are lost. */
+#define REST_DEAF 2
+
 struct waiting {
 	__u32 port;
 	__u32 queue;
@@ -23,7 +30,7 @@ struct {
 	__uint(max_entries, 1 << 20);
 } WAITING SEC(".maps");
 
-/* Packets that found the ring full, by the place of their link. */
+/* Packets that found no room to wait, by the place of their link. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, MAX_LINKS);
@@ -50,15 +57,24 @@ static __always_inline int keep(struct xdp_md *ctx, const struct link *link, __u
 	return 1;
 }
 
-/* Keeps a copy of the packet, and with that wakes who binds the link's sockets. */
-static __always_inline void await_socket(struct xdp_md *ctx, const struct link *link)
+static __always_inline int keep_any(struct xdp_md *ctx, const struct link *link)
 {
 	__u64 length = bpf_xdp_get_buff_len(ctx);
-	__u32 place = link->place;
+
+	return length <= SMALL_PACKET ? keep(ctx, link, length, SMALL_PACKET) : keep(ctx, link, length, LARGE_PACKET);
+}
+
+/* Of a packet without a socket: if the link rests, a copy is kept, and with that its sockets are called for. */
+static __always_inline void await_socket(struct xdp_md *ctx)
+{
+	/* Anew: it may have gone to rest since it was looked up. */
+	struct link *link = link_of(ctx);
+	__u32 place;
 	__u64 *lost;
 
-	if (length <= SMALL_PACKET ? keep(ctx, link, length, SMALL_PACKET) : keep(ctx, link, length, LARGE_PACKET))
+	if (!link || link->rest == REST_NONE || (link->rest == REST_WAITS && keep_any(ctx, link)))
 		return;
+	place = link->place;
 	lost = bpf_map_lookup_elem(&LOST, &place);
 	if (lost)
 		__sync_fetch_and_add(lost, 1);

@@ -33,9 +33,26 @@ const TX_BUDGET: u32 = 256;
 /// Bytes on their way before the kernel says "not now": a full tx ring of the largest packets.
 const SEND_BUFFER_BYTES: u32 = 16 << 20;
 
-/// How often and how long a bind waits for a queue that a dying process has not let go yet.
-const BUSY_RETRIES: u32 = 100;
+/// How long a bind waits between two tries for a queue that somebody has not let go yet.
 const BUSY_WAIT: Duration = Duration::from_millis(10);
+
+/// How often a bind tries a queue that is busy: the kernel frees what belongs to a closed socket in its own time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    /// For a second: it may be that of a process that was killed.
+    Long,
+    /// For the time that a socket of one's own takes.
+    Short,
+}
+
+impl Patience {
+    fn retries(self) -> u32 {
+        match self {
+            Patience::Long => 100,
+            Patience::Short => 2,
+        }
+    }
+}
 
 /// Whether to try zero copy first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,10 +148,16 @@ impl Binder {
     /// # Errors
     ///
     /// Each tells what to do; nothing is left behind.
-    pub fn bind(&mut self, ifindex: u32, queue: u32, zero_copy: ZeroCopy) -> Result<BoundSocket, BindError> {
+    pub fn bind(
+        &mut self,
+        ifindex: u32,
+        queue: u32,
+        zero_copy: ZeroCopy,
+        patience: Patience,
+    ) -> Result<BoundSocket, BindError> {
         let mut zero_copy_refusal = None;
         if zero_copy == ZeroCopy::Auto {
-            match self.bind_as(CopyMode::ZeroCopy, ifindex, queue) {
+            match self.bind_as(CopyMode::ZeroCopy, ifindex, queue, patience) {
                 Ok(socket) => return Ok(socket),
                 // A queue that somebody has is no word on zero copy.
                 Err(error) if error.is_busy() => return Err(error),
@@ -142,10 +165,16 @@ impl Binder {
                 Err(_) => {}
             }
         }
-        Ok(BoundSocket { zero_copy_refusal, ..self.bind_as(CopyMode::Copy, ifindex, queue)? })
+        Ok(BoundSocket { zero_copy_refusal, ..self.bind_as(CopyMode::Copy, ifindex, queue, patience)? })
     }
 
-    fn bind_as(&mut self, mode: CopyMode, ifindex: u32, queue: u32) -> Result<BoundSocket, BindError> {
+    fn bind_as(
+        &mut self,
+        mode: CopyMode,
+        ifindex: u32,
+        queue: u32,
+        patience: Patience,
+    ) -> Result<BoundSocket, BindError> {
         let donors = match mode {
             CopyMode::Copy => &mut self.copying,
             CopyMode::ZeroCopy => &mut self.zero_copying,
@@ -154,7 +183,7 @@ impl Binder {
         // The newest donors are the likeliest to be bound still.
         for donor in donors.iter().rev().filter_map(Weak::upgrade) {
             let (fd, rings) = open()?;
-            match bind_patiently(fd.as_fd(), ifindex, queue, libc::XDP_SHARED_UMEM, Some(donor.as_fd())) {
+            match bind_patiently(fd.as_fd(), (ifindex, queue), libc::XDP_SHARED_UMEM, Some(donor.as_fd()), patience) {
                 Ok(()) => return Ok(adopt(donors, fd, queue, rings, mode)),
                 // The donor's link is gone; ask the next.
                 Err(error) if error.raw_os_error() == Some(libc::EBADF) => {}
@@ -173,7 +202,7 @@ impl Binder {
                 CopyMode::Copy => libc::XDP_COPY,
                 CopyMode::ZeroCopy => libc::XDP_ZEROCOPY,
             };
-        bind_patiently(fd.as_fd(), ifindex, queue, flags, None).map_err(|source| BindError::Bind {
+        bind_patiently(fd.as_fd(), (ifindex, queue), flags, None, patience).map_err(|source| BindError::Bind {
             ifindex,
             queue,
             source,
@@ -253,15 +282,15 @@ fn make_rings(fd: BorrowedFd<'_>) -> io::Result<Rings> {
 )]
 fn bind_patiently(
     fd: BorrowedFd<'_>,
-    ifindex: u32,
-    queue: u32,
+    (ifindex, queue): (u32, u32),
     flags: u16,
     share_with: Option<BorrowedFd<'_>>,
+    patience: Patience,
 ) -> io::Result<()> {
     let mut tries = 0;
     loop {
         match sys::bind(fd, ifindex, queue, flags, share_with) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && tries < BUSY_RETRIES => {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && tries < patience.retries() => {
                 tries += 1;
                 thread::sleep(BUSY_WAIT);
             }

@@ -53,13 +53,13 @@ mod sys;
 mod umem;
 mod waiting;
 
-pub use bind::{BindError, Binder, BoundSocket, ZeroCopy};
+pub use bind::{BindError, Binder, BoundSocket, Patience, ZeroCopy};
 pub use cycles::cycles;
 pub use fastpath::{FastCounts, FastFlow, FastKey, FastPath, FastStamp, FastTable, FastTarget, MAX_SUM, OUTER_BYTES};
 pub use frame::{Frame, HEADROOM, MAX_FRAMES, Packet};
 pub use huge::filled;
 pub use prefetch::prefetch;
-pub use program::{AttachedProgram, ProgramError, Programs, Role, Vtep, XdpMode, XdpPreference};
+pub use program::{AttachedProgram, ProgramError, Programs, Rest, Role, Vtep, XdpMode, XdpPreference};
 pub use socket::{Closing, CopyMode, KickCounters, SocketStatistics, TxChecksum, XskSocket};
 pub use umem::{CHUNK_BYTES, Slot, Umem};
 pub use waiting::{Waiting, WaitingPacket};

@@ -70,6 +70,17 @@ pub enum XdpPreference {
     Generic,
 }
 
+/// Whether a link is without sockets; `waiting.h` has the same numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// It has some.
+    None = 0,
+    /// It has none, and its packets wait for them.
+    Waits = 1,
+    /// It has none and cannot have any for now: its packets are counted as lost.
+    Deaf = 2,
+}
+
 /// Why a program is not on a link.
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
@@ -129,7 +140,7 @@ pub struct AttachedProgram {
     port: PortId,
     place: u32,
     is_fast: bool,
-    is_resting: bool,
+    rest: Rest,
     /// What had been lost at its place when that was last looked at.
     lost: u64,
     mode: XdpMode,
@@ -234,7 +245,7 @@ impl Programs {
             port,
             place,
             is_fast: false,
-            is_resting: false,
+            rest: Rest::None,
             lost,
             mode,
             fallback_reason,
@@ -270,34 +281,28 @@ impl Programs {
         Ok(self.sockets.set(attached.place * MAX_QUEUES + queue, socket.as_fd().as_raw_fd(), 0)?)
     }
 
-    /// Lets a link be without sockets: what comes from it waits in [`waiting`](Self::take_waiting) from then on.
+    /// Says whether a link is without sockets, and whether what comes from it waits ([`take_waiting`](Self::take_waiting)).
     ///
     /// # Errors
     ///
-    /// Those of the maps; then it is as before.
-    pub fn begin_rest(&mut self, attached: &mut AttachedProgram) -> Result<(), ProgramError> {
-        attached.is_resting = true;
-        if let Err(error) = self.write_link(attached) {
-            attached.is_resting = false;
-            return Err(error);
-        }
-        for queue in 0..MAX_QUEUES {
+    /// Those of the map; then it is as before.
+    pub fn set_rest(&mut self, attached: &mut AttachedProgram, rest: Rest) -> Result<(), ProgramError> {
+        let before = std::mem::replace(&mut attached.rest, rest);
+        self.write_link(attached).inspect_err(|_| attached.rest = before)
+    }
+
+    /// Sends a link's packets to its sockets no more.
+    pub fn unset_sockets(&mut self, attached: &AttachedProgram, queues: u32) {
+        for queue in 0..queues.min(MAX_QUEUES) {
             // What is not there need not be removed.
             let _: Result<(), MapError> = self.sockets.unset(attached.place * MAX_QUEUES + queue);
         }
-        Ok(())
     }
 
-    /// Ends that, once every queue has a socket again. How many packets found no room meanwhile.
-    ///
-    /// # Errors
-    ///
-    /// Those of the maps.
-    pub fn end_rest(&mut self, attached: &mut AttachedProgram) -> Result<u64, ProgramError> {
-        attached.is_resting = false;
-        self.write_link(attached)?;
-        let lost = self.lost.get(&attached.place, 0)?;
-        Ok(lost - std::mem::replace(&mut attached.lost, lost))
+    /// How many packets of a link at rest found no room to wait since this was asked last.
+    pub fn take_lost(&self, attached: &mut AttachedProgram) -> u64 {
+        let lost = self.lost.get(&attached.place, 0).unwrap_or(attached.lost);
+        lost.saturating_sub(std::mem::replace(&mut attached.lost, lost))
     }
 
     /// The packets of links at rest, for whoever binds their sockets. None if it was taken.
@@ -337,8 +342,8 @@ impl Programs {
 
     /// Writes `struct link` of `sockets.h`.
     fn write_link(&mut self, attached: &AttachedProgram) -> Result<(), ProgramError> {
-        let AttachedProgram { place, port, is_fast, is_resting, .. } = *attached;
-        let value = [place, u32::from(port.0), u32::from(is_fast), u32::from(is_resting)];
+        let AttachedProgram { place, port, is_fast, rest, .. } = *attached;
+        let value = [place, u32::from(port.0), u32::from(is_fast), rest as u32];
         Ok(self.links.insert(attached.ifindex, value, 0)?)
     }
 

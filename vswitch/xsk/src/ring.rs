@@ -173,6 +173,12 @@ impl<T: Copy> Consumer<T> {
         Ok(Consumer { shared: Shared::map(fd, size, offset, page)?, local: 0, producer: 0 })
     }
 
+    /// True if the kernel has put an entry there that was not taken.
+    pub(crate) fn has_next(&mut self) -> bool {
+        self.producer = self.shared.producer().load(Ordering::Acquire);
+        self.local != self.producer
+    }
+
     /// The next entry, if the kernel has put one there.
     #[inline]
     pub(crate) fn pop(&mut self) -> Option<T> {

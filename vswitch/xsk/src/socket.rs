@@ -62,6 +62,18 @@ pub struct SocketStatistics {
     pub tx_ring_empty: u64,
 }
 
+impl SocketStatistics {
+    /// Adds those of a socket that was there before.
+    pub fn add(&mut self, other: &SocketStatistics) {
+        self.rx_dropped += other.rx_dropped;
+        self.rx_invalid_descs += other.rx_invalid_descs;
+        self.tx_invalid_descs += other.tx_invalid_descs;
+        self.rx_ring_full += other.rx_ring_full;
+        self.rx_fill_ring_empty += other.rx_fill_ring_empty;
+        self.tx_ring_empty += other.tx_ring_empty;
+    }
+}
+
 /// What the socket's own side counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KickCounters {
@@ -75,6 +87,17 @@ pub struct KickCounters {
     pub oversized: u64,
     /// Packets received.
     pub received: u64,
+}
+
+impl KickCounters {
+    /// Adds those of a socket that was there before.
+    pub fn add(&mut self, other: &KickCounters) {
+        self.kicks += other.kicks;
+        self.kick_errors += other.kick_errors;
+        self.strange_descs += other.strange_descs;
+        self.oversized += other.oversized;
+        self.received += other.received;
+    }
 }
 
 /// A checksum that the receiving stack or device shall complete, in bytes from the packet's start.
@@ -312,9 +335,9 @@ impl XskSocket {
         self.filled >= FILL_MIN / 2
     }
 
-    /// True while the kernel has not looked at all that is to be sent.
-    pub fn is_unsent(&mut self) -> bool {
-        self.unsubmitted || self.tx.pending() > 0
+    /// True while packets lie in its rings: received and not taken, or to be sent and not looked at by the kernel.
+    pub fn is_in_use(&mut self) -> bool {
+        self.unsubmitted || self.tx.pending() > 0 || self.rx.has_next()
     }
 
     /// True while frames are with the kernel for sending.
