@@ -256,12 +256,35 @@ impl Config {
             let line = error.span().map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count());
             let message = error.message().replace('\n', ", ");
             match line {
-                Some(line) => format!("line {line}: {message}"),
+                Some(line) => {
+                    let words = text.lines().nth(line - 1).unwrap_or_default().trim();
+                    format!("line {line}, `{words}`: {message}")
+                }
                 None => message,
             }
         })?;
         config.check()?;
         Ok(config)
+    }
+
+    /// What is allowed, and hardly meant.
+    pub(crate) fn doubts(&self) -> Vec<String> {
+        let mut doubts = Vec::new();
+        if self.worker.offloaded().is_some() {
+            let wide = self.network.iter().filter(|network| network.subnet_mtu.is_some());
+            doubts.extend(wide.map(|network| {
+                format!(
+                    "network {}: subnet_mtu makes packets that worker.offload cannot forward: choose one of the two",
+                    network.name
+                )
+            }));
+        }
+        let mut cores = self.worker.cores.clone();
+        cores.sort_unstable();
+        if let Some(twice) = cores.windows(2).find(|pair| pair[0] == pair[1]) {
+            doubts.push(format!("worker.cores: two workers share core {}: name one core a worker", twice[0]));
+        }
+        doubts
     }
 
     /// Where the daemon listens.

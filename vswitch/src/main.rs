@@ -58,6 +58,7 @@ fn main() -> ExitCode {
             eprintln!("vswitchd: {}: {}", arguments.config.display(), vswitch_api::sentence(error.as_ref()));
             return ExitCode::from(1);
         }
+        config.doubts().iter().for_each(|doubt| eprintln!("vswitchd: {doubt}"));
         println!("{} is fine", arguments.config.display());
         return ExitCode::SUCCESS;
     }

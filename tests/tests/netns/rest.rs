@@ -102,7 +102,7 @@ fn memory_for_a_few_serves_many() {
         // Until there is memory for both, packets are lost.
         pod.await_ping(to).unwrap_or_else(|error| panic!("{} to {to}: {error}\n{}", pod.name, daemon.log_end()));
     }
-    assert!(daemon.ctl(&["status"]).unwrap()["ports_resting"].as_u64().unwrap() >= 4);
+    assert!(daemon.ctl(&["status"]).unwrap()["ports_resting"].as_u64().unwrap() >= 3);
     assert_balanced(&daemon);
 }
 
@@ -110,7 +110,7 @@ fn memory_for_a_few_serves_many() {
 #[test]
 fn a_port_that_cannot_be_woken_harms_nobody() {
     const SPEAKERS: usize = 15;
-    let Some(mut bench) = bench("stuck") else { return };
+    let Some(mut bench) = bench("deaf") else { return };
     let config = format!("[worker]\numem_frames = 1024\nrest_after_seconds = 2\n{ALONE}");
     let (daemon, pods) = node_with_pods(&mut bench, &config, 0);
     assert!(pods.is_empty());

@@ -117,19 +117,40 @@ pub(crate) fn count(link: &str, warm: f64, time: Time) -> anyhow::Result<(Count,
     Ok((count, latency))
 }
 
-/// Redirects everything between two links, for as long as asked.
+/// Redirects everything between two links, for as long as asked. Packets are counted when they are handed to the other link.
 pub(crate) fn redirect(from: &str, to: &str, time: Time) -> anyhow::Result<Count> {
     let mut attached = Vec::new();
+    let mut counts = Vec::new();
     for (here, there) in [(from, to), (to, from)] {
         let mut ebpf = load(REDIRECT)?;
         let mut other: DevMap<MapData> = ebpf.take_map("OTHER").context("the object has no map OTHER")?.try_into()?;
         other.set(0, index_of(there)?, None, 0)?;
+        let of_link: PerCpuArray<_, [u64; 2]> = map(&mut ebpf, "COUNT")?;
         attach(&mut ebpf, "redirect", here)?;
+        counts.push(of_link);
         attached.push((ebpf, other));
     }
-    let clock = Clock::start(time);
-    wait(&clock);
-    Ok(Count { seconds: clock.elapsed().as_secs_f64(), ..Count::default() })
+    let mut clock = Clock::start(time);
+    let mut count = Count::default();
+    while !clock.is_over() {
+        std::thread::park_timeout(std::time::Duration::from_millis(5));
+        if time.progress {
+            add_up(&counts, &mut count)?;
+            clock.progress(&count);
+        }
+    }
+    count.seconds = clock.elapsed().as_secs_f64();
+    add_up(&counts, &mut count)?;
+    Ok(count)
+}
+
+fn add_up(counts: &[PerCpuArray<MapData, [u64; 2]>], count: &mut Count) -> anyhow::Result<()> {
+    (count.packets, count.bytes) = (0, 0);
+    for of_link in counts {
+        let [packets, bytes] = total(of_link)?;
+        (count.packets, count.bytes) = (count.packets + packets, count.bytes + bytes);
+    }
+    Ok(())
 }
 
 fn load(object: &[u8]) -> anyhow::Result<Ebpf> {
@@ -147,7 +168,9 @@ fn attach(ebpf: &mut Ebpf, name: &str, link: &str) -> anyhow::Result<()> {
     let program: &mut Xdp = ebpf.program_mut(name).context("the object has no program")?.try_into()?;
     program.load().context("cannot load the XDP program: run as root")?;
     program.attach(link, XdpMode::Driver).with_context(|| {
-        format!("cannot attach to {link}: is it there, and has it no XDP program (`ip link show`)?")
+        format!(
+            "cannot attach to {link}: is it there, and has it no XDP program (`ip link show`; `ip link set {link} xdp off` takes one off)?"
+        )
     })?;
     Ok(())
 }

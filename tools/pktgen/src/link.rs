@@ -64,7 +64,7 @@ impl Link {
         let links = names.map(|name| {
             let share = shares.next().unwrap_or_default().to_vec();
             Link::on(name, config, umem.clone(), share).with_context(|| {
-                format!("cannot open link {name}: does it exist here, is it up, is its queue 0 free, and its MTU at most 3498 (libxdp's program takes packets of one frame)?")
+                format!("cannot open link {name}: does it exist here, is it up, is its queue 0 free, and the MTU of it and of its other end at most 3498 (libxdp's program takes packets of one frame; `switchctl port add --mtu 1500` makes such pods)?")
             })
         });
         let mut opened = Vec::new();

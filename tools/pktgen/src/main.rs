@@ -24,6 +24,9 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::{Value, json};
 
 /// Sends, counts, forwards and times packets.
+///
+/// A run says how many packets there were, at which rate over its whole time (`sink --warm` begins to count later), and how many
+/// were refused: had no room where they should go, or got no answer. Ctrl-C ends it early.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
@@ -48,6 +51,8 @@ enum Command {
     /// Moves packets between two links, both ways, and looks at none.
     Forward(Pair),
     /// Has the kernel redirect packets between two links, by XDP.
+    ///
+    /// The other ends of both must be able to take them: a veth's needs `ethtool -K IFNAME gro on`, or an XDP program.
     Redirect(Pair),
     /// Times round trips to `pktgen answer`.
     Rtt(rtt::Options),
@@ -119,6 +124,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<Count> {
+    clock::end_on_signal()?;
     if let Some(id) = arguments.core
         && !core_affinity::set_for_current(core_affinity::CoreId { id })
     {
@@ -153,14 +159,8 @@ fn print(count: &Count, as_json: bool) {
         println!("{object}");
         return;
     }
-    println!(
-        "{} packets in {:.2} s: {:.3} Mpps, {:.3} Gbit/s; {} refused",
-        count.packets,
-        count.seconds,
-        pps / 1e6,
-        bps / 1e9,
-        count.refused
-    );
+    let rate = clock::rate(pps, bps);
+    println!("{} packets in {:.2} s: {rate}; {} refused", count.packets, count.seconds, count.refused);
     if has_latency {
         println!("{}", count.latency.to_text());
     }

@@ -3,6 +3,8 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -142,31 +144,58 @@ pub(crate) fn answer(at: SocketAddr, time: Time) -> anyhow::Result<Count> {
     let taken = || format!("cannot listen at {at}");
     let udp = UdpSocket::bind(at).with_context(taken)?;
     let tcp = TcpListener::bind(at).with_context(taken)?;
+    let answered: Arc<Answered> = Arc::default();
+    let by_udp = answered.clone();
     thread::spawn(move || {
         let mut message = [0; 1500];
         while let Ok((length, from)) = udp.recv_from(&mut message) {
             // An answer that cannot go is one that the other side does not count.
-            let _ = udp.send_to(&message[..length], from);
+            if udp.send_to(&message[..length], from).is_ok() {
+                by_udp.add(length);
+            }
         }
     });
+    let by_tcp = answered.clone();
     thread::spawn(move || {
         for stream in tcp.incoming().flatten() {
             let _ = stream.set_nodelay(true);
-            thread::spawn(move || echo(stream));
+            let by_tcp = by_tcp.clone();
+            thread::spawn(move || echo(stream, &by_tcp));
         }
     });
-    let clock = Clock::start(time);
+    let mut clock = Clock::start(time);
     while !clock.is_over() {
         thread::park_timeout(Duration::from_millis(10));
+        clock.progress(&answered.count());
     }
-    Ok(Count { seconds: clock.elapsed().as_secs_f64(), ..Count::default() })
+    Ok(Count { seconds: clock.elapsed().as_secs_f64(), ..answered.count() })
 }
 
-fn echo(mut stream: TcpStream) {
+/// Answers of all threads.
+#[derive(Debug, Default)]
+struct Answered {
+    messages: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Answered {
+    fn add(&self, bytes: usize) {
+        self.messages.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn count(&self) -> Count {
+        let (packets, bytes) = (self.messages.load(Ordering::Relaxed), self.bytes.load(Ordering::Relaxed));
+        Count { packets, bytes, ..Count::default() }
+    }
+}
+
+fn echo(mut stream: TcpStream, answered: &Answered) {
     let mut message = [0; 1500];
     while let Ok(length @ 1..) = stream.read(&mut message) {
         if stream.write_all(&message[..length]).is_err() {
             return;
         }
+        answered.add(length);
     }
 }

@@ -108,7 +108,7 @@ pub(crate) fn print(out: &mut impl Write, answer: &Answer, is_show: bool) -> io:
                     &name_of(port),
                 ])
             };
-            table(out, ["ID", "LINK", "NETWORK", "ADDRESSES", "MAC", "XDP", "COPY", "POD"], ports.iter().map(row))
+            table(out, ["ID", "LINK", "NETWORK", "ADDRESSES", "MAC", "XDP", "SOCKETS", "POD"], ports.iter().map(row))
         }
         Answer::Networks { networks } => table(
             out,

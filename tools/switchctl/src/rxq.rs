@@ -135,7 +135,10 @@ pub(crate) fn print(out: &mut impl Write, since: &RxqInfo) -> io::Result<()> {
 /// Prints a plan.
 pub(crate) fn print_plan(out: &mut impl Write, plan: &RxqPlan) -> io::Result<()> {
     if plan.moves.is_empty() {
-        writeln!(out, "nothing to move: no other way to deal the queues out is worth it")?;
+        writeln!(
+            out,
+            "nothing to move: no other way to deal the queues out is worth it (each worker keeps one of every link, so an uplink needs more queues than there are workers)"
+        )?;
     }
     let verb = if plan.is_applied { "moved" } else { "would move" };
     for QueueMove { link, queue, worker } in &plan.moves {

@@ -67,6 +67,7 @@ fn run(task: Task) -> anyhow::Result<bool> {
         }
         Task::Compare(options) if options.list() => {}
         Task::Compare(options) => {
+            options.check()?;
             setup::run()?;
             build(PROGRAMS)?;
             compare::run(&options)?;

@@ -21,7 +21,13 @@ pub struct Ovs {
 impl Ovs {
     /// Why there is none here, if there is not.
     pub fn missing() -> Option<String> {
-        (!Path::new(SWITCH).exists()).then(|| "openvswitch-switch is not installed".to_owned())
+        let is_there = |program: &str| {
+            let paths = std::env::var_os("PATH").unwrap_or_default();
+            std::env::split_paths(&paths).any(|path| path.join(program).exists())
+        };
+        let is_missing =
+            !Path::new(SWITCH).exists() || !["ovsdb-tool", "ovsdb-server", "ovs-vsctl"].into_iter().all(is_there);
+        is_missing.then(|| "openvswitch-switch is not installed, or not in PATH: see `cargo xtask setup`".to_owned())
     }
 
     /// Starts one in a namespace, its poll loops on the cores of this mask.

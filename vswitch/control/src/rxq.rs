@@ -67,8 +67,9 @@ impl Control {
             let port = owners.keys().map(|&(port, _)| port).find(|&port| self.link_name(port) == *link);
             let port = port.ok_or_else(|| not_found(format!("no link {link} here: `switchctl rxq list` shows all")))?;
             if !is_uplink(port) {
-                let message =
-                    format!("link {link} is a pod's, and has a queue for each worker: only queues of uplinks move");
+                let message = format!(
+                    "link {link} leads to a pod or the host, and has a queue for each worker: only queues of uplinks move"
+                );
                 return Err(ApiError::new(ErrorCode::Invalid, message));
             }
             let Some(owner) = owners.get(&(port, *queue)) else {

@@ -73,7 +73,8 @@ impl Links {
         }
         let owners = (0..attached.copy_modes.len()).map(|queue| Some(first_owner(queue, self.workers.len()))).collect();
         let seen = Seen::from(self.now_ns());
-        self.attached.insert(port, AttachedLink { ifindex, zero_copy, owners, lost: None, program, seen });
+        self.attached
+            .insert(port, AttachedLink { ifindex, zero_copy, owners, lost: None, is_looked_at: false, program, seen });
         Ok(attached)
     }
 

@@ -71,6 +71,8 @@ struct AttachedLink {
     owners: Vec<Option<usize>>,
     /// What the link had lost when it was first looked at, and has lost now.
     lost: Option<(u64, u64)>,
+    /// Whether it was looked at if XDP can send to it.
+    is_looked_at: bool,
     program: AttachedProgram,
     seen: Seen,
 }
@@ -142,10 +144,11 @@ impl Links {
         };
         self.knows_targets = Some(true);
         let mut is_lost = false;
-        for (&port, link) in &self.attached {
+        for (&port, link) in &mut self.attached {
             let ifindex = link.ifindex;
             let takes_frags = targets.get(&ifindex).filter(|_| link.program.is_fast());
             let target = takes_frags.map(|&takes_frags| FastTarget { ifindex, takes_frags });
+            link.is_looked_at = true;
             is_lost |= fast_path.target(port).is_some_and(|known| target != Some(known));
             fast_path.set_target(port, target);
         }
@@ -296,8 +299,9 @@ impl Backend for Links {
         let reason = |port: PortId, link: &AttachedLink| {
             match () {
             () if !link.program.is_fast() => Some("its XDP program runs in generic mode".to_owned()),
+            () if !link.is_looked_at => None,
             () if fast_path.is_some_and(|fast_path| fast_path.target(port).is_none()) => Some(
-                "the kernel cannot redirect packets to it: its other end needs `ethtool -K IFNAME gro on`, or its driver XDP"
+                "the kernel cannot redirect packets to it: its other end, in the pod, needs `ethtool -K IFNAME gro on`, as a pod that is plugged in anew has, or its driver XDP"
                     .to_owned(),
             ),
             () => None,

@@ -234,14 +234,7 @@ impl Daemon {
                 })
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
-        if config.worker.offloaded().is_some()
-            && let Some(network) = config.network.iter().find(|network| network.subnet_mtu.is_some())
-        {
-            warn!(
-                "network {}: subnet_mtu makes packets that worker.offload cannot forward: choose one of the two",
-                network.name
-            );
-        }
+        config.doubts().iter().for_each(|doubt| warn!("{doubt}"));
         let control = Control::new(control_config(&config));
         let links = Links::new(workers, connections, bell, link_setup(&config, start));
         let daemon = Daemon {

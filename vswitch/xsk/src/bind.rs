@@ -112,7 +112,7 @@ fn bind_remedy(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EBUSY) => "another program has an AF_XDP socket on that queue: stop it",
         Some(libc::EINVAL) => {
-            "the link uses fewer queues than the switch has workers: give it more (`ethtool -L`), or lower worker.count"
+            "the link uses fewer queues than the switch has workers: give it more (`ethtool -L`; a pod's link gets them when it is plugged in anew), or lower worker.count"
         }
         Some(libc::ENODEV) => "the link is gone",
         _ => "see `ip -d link show` for the link's driver and state",

@@ -367,7 +367,7 @@ fn no_drop(site: &Site) -> anyhow::Result<Vec<Figure>> {
     let highest = number(&flood(site, &Flood::at(None, 1.0))?, "packets_per_second")?;
     let mut figures = Vec::new();
     let mut good = 0.0;
-    for (name, tolerated) in [("ndr", 0.0), ("pdr", 0.001)] {
+    for (name, tolerated) in [("without loss", 0.0), ("with 0.1 % loss", 0.001)] {
         let mut bad = highest * 1.1;
         let mut passed: f64 = 0.0;
         for _ in 0..SEARCH_STEPS {

@@ -52,8 +52,20 @@ impl Options {
         if self.list {
             Case::all().iter().for_each(|case| println!("{}", case.name()));
             println!("systems: {}", System::ALL.map(System::name).join(" "));
+            println!("\n{}", results::CASES);
         }
         self.list
+    }
+
+    /// Looks whether what was chosen is there, before anything is built for it.
+    ///
+    /// # Errors
+    ///
+    /// The first name that is not.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        chosen_cases(&self.case)?;
+        chosen_systems(&self.system)?;
+        Ok(())
     }
 }
 

@@ -241,17 +241,27 @@ impl Results {
         if let Some(mut targets) = self.targets() {
             text += &format!("\n## What we want\n\n{}\n", targets.load_preset(presets::ASCII_MARKDOWN));
         }
-        text += "\n## All cases\n\nMedians; in brackets how many times a system's figure that of `vswitch` is.\n\n";
+        if self.targets().is_some() {
+            text += "\nWhat is missed, and why, is in `vswitch/ARCHITECTURE.md`, \"What was tried\".\n";
+        }
+        text += "\n## All cases\n\n";
+        text += CASES;
+        text += "\nMedians. In brackets is the figure of `vswitch` divided by that of the column: 2.00 means that `vswitch` has twice as much, which is\nbetter for packets and bits a second, and worse for times, losses and CPU.\n\n";
         text += &format!("{}\n", self.table().load_preset(presets::ASCII_MARKDOWN));
-        text += "\n## How far runs are apart\n\nThe smallest and the largest of `vswitch`.\n\n";
-        for row in &self.rows {
-            if let Some((low, high)) = row.spread(System::Vswitch) {
-                text += &format!("- {}: {} to {} {}\n", row.name, digits(low), digits(high), row.unit);
+        text += "\n## How far runs are apart\n\n";
+        if self.rounds == 1 {
+            text += "Not known: there was one round. Two runs on a shared machine are easily 15 % apart.\n";
+        } else {
+            text += "The smallest and the largest of `vswitch`.\n\n";
+            for row in &self.rows {
+                if let Some((low, high)) = row.spread(System::Vswitch) {
+                    text += &format!("- {}: {} to {} {}\n", row.name, digits(low), digits(high), row.unit);
+                }
             }
         }
         if !self.failures.is_empty() {
             text += "\n## Not measured\n\n";
-            self.failures.iter().for_each(|failure| text += &format!("- {failure}\n"));
+            self.failures.iter().for_each(|failure| text += &format!("- {}\n", first_line(failure)));
         }
         text
     }
@@ -267,6 +277,22 @@ the generator's. iperf3 is not pinned. Pods are as each system's own documents m
 bytes and leave checksums to it, and `subnet_mtu` of six times the wire's (not with the offload); those of `bridge` have 1,500 bytes with all offloads; those of `ovs` and `forward`, whose AF_XDP
 ports take neither partial checksums nor segments, 1,500 bytes and `tx off`.
 ";
+
+/// What the names of cases mean.
+pub(super) const CASES: &str = "\
+`rate/WAY/BYTES/FLOWS`: packets a second of a flood of UDP that arrive, between two pods here (`local`), to the wire (`encap`) or from it
+(`decap`). `tcp/PLACE/STREAMS`: iperf3, between pods here or over a wire of that MTU, with `/both` ways at once. `rtt/PLACE/HOW`: round
+trips of four bytes between programs in pods, over one socket or a connection each. `latency/LOAD`: one way, of single packets (`idle`), or at a
+share of what the system passes. `cpu/packet`: processor time a packet of all cores. `cpu/idle`: of the switch's process with
+nothing to do. `ndr`: the highest rate passed without loss, and with 0.1 % (RFC 2544 section 26.1, trials of a second): one pause of a core
+that slept, or that somebody else had, is a loss. `idle-ports/250`: a flood between two pods, with and without 250 silent ones beside them.
+";
+
+/// What a program printed when it failed may be long.
+fn first_line(failure: &str) -> String {
+    const MOST: usize = 300;
+    failure.lines().next().unwrap_or_default().chars().take(MOST).collect()
+}
 
 /// What the figures depend on.
 pub(super) fn machine() -> Vec<(&'static str, String)> {
