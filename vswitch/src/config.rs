@@ -413,7 +413,9 @@ mod tests {
     #[test]
     fn errors_name_the_line_the_key_and_what_is_allowed() {
         for (text, wanted) in [
-            ("[worker]\ncuont = 1", "line 2: unknown field `cuont`, expected one of `count`"),
+            ("[worker]\ncuont = 1", "line 2, `cuont = 1`: unknown field `cuont`, expected one of `count`"),
+            ("[worker]\nrest_after_seconds = -1", "line 2, `rest_after_seconds = -1`: invalid value"),
+            ("[worker]\nrest_after_seconds = 99999999999", "allowed are 0 (never) to 31536000"),
             ("[worker]\ncount = 0", "worker.count: 0 is not allowed; allowed are 1 to 64"),
             ("[uplink]\nvtep = [\"300.1.1.1\"]", "line 2"),
             ("[[network]]\nname = \"a\"\nvni = 16777216", "16777216 is no VNI: allowed are 0 to 16777215"),
@@ -424,5 +426,15 @@ mod tests {
             assert!(error.contains(wanted), "{error}");
             assert!(!error.contains('\n'), "{error}");
         }
+    }
+
+    #[test]
+    fn what_is_hardly_meant_is_said() {
+        let doubts = |text: &str| Config::parse(text).unwrap().doubts().join("; ");
+        assert_eq!(doubts(""), "");
+        assert!(doubts("[worker]\ncount = 2\ncores = [1, 1]").contains("share core 1"));
+        let network = "[[network]]\nname = \"a\"\nvni = 1\nranges = [\"10.1.0.0/24\"]\nsubnets = [\"10.1.0.0/16\"]\nsubnet_mtu = 9000";
+        assert_eq!(doubts(network), "");
+        assert!(doubts(&format!("[worker]\noffload = \"xdp\"\n{network}")).contains("choose one of the two"));
     }
 }
