@@ -91,7 +91,8 @@ fn print_worker(out: &mut impl Write, perf: &PerfInfo) -> io::Result<()> {
         table(out, head, lines)?;
         writeln!(
             out,
-            "  ({} packets were timed: one turn in 31 is; cycles are ticks of the processor's counter)",
+            "  ({} packets were timed: one turn in 31 is; cycles are ticks of the processor's counter; transmit is mostly the kernel's,\n  \
+             who delivers to a pod's link within the call)",
             perf.timed_packets
         )?;
     }

@@ -78,6 +78,22 @@ struct AttachedLink {
 }
 
 impl AttachedLink {
+    /// Why flows of the link are not forwarded by the programs, if so; `is_target` says whether they can send to it.
+    fn unfit(&self, is_target: bool) -> Option<&'static str> {
+        if !self.program.is_fast() {
+            Some("its XDP program runs in generic mode")
+        } else if !self.is_looked_at {
+            Some("it is new: whether the kernel can redirect packets to it is known in a second")
+        } else if !is_target {
+            Some(
+                "the kernel cannot redirect packets to it: its other end, in the pod, needs `ethtool -K IFNAME gro on`, as one that is \
+                 plugged in anew has, or its driver XDP",
+            )
+        } else {
+            None
+        }
+    }
+
     /// Packets that the link has lost since it was attached.
     fn lost(&self) -> u64 {
         self.lost.map_or(0, |(before, now)| now.saturating_sub(before))
@@ -296,18 +312,11 @@ impl Backend for Links {
                 return Some(OffloadSample { problem: Some(error.clone()), ..OffloadSample::default() });
             }
         };
-        let reason = |port: PortId, link: &AttachedLink| {
-            match () {
-            () if !link.program.is_fast() => Some("its XDP program runs in generic mode".to_owned()),
-            () if !link.is_looked_at => None,
-            () if fast_path.is_some_and(|fast_path| fast_path.target(port).is_none()) => Some(
-                "the kernel cannot redirect packets to it: its other end, in the pod, needs `ethtool -K IFNAME gro on`, as a pod that is plugged in anew has, or its driver XDP"
-                    .to_owned(),
-            ),
-            () => None,
-        }
+        let reason = |(&port, link): (&PortId, &AttachedLink)| {
+            let is_target = fast_path.is_none_or(|fast_path| fast_path.target(port).is_some());
+            Some((port, link.unfit(is_target)?.to_owned()))
         };
-        let without = self.attached.iter().filter_map(|(&port, link)| Some((port, reason(port, link)?)));
+        let without = self.attached.iter().filter_map(reason);
         if self.knows_targets == Some(false) {
             let problem = "the kernel does not tell which links XDP can send to: it needs the netlink family \"netdev\", Linux 6.3 or newer";
             return Some(OffloadSample { problem: Some(problem.to_owned()), ..OffloadSample::default() });
