@@ -36,8 +36,11 @@ fn silent_pods_rest_and_lose_nothing_when_they_wake() {
             }
             let stats = daemon.ctl(&["stats"]).unwrap();
             let sockets = |port: &serde_json::Value| port["sockets"].as_array().unwrap().clone();
-            let all = stats["ports"].as_array().unwrap().iter().flat_map(sockets);
-            assert!(all.into_iter().all(|socket| socket["fill_depth"] == 0), "those that were: {stats}");
+            for port in stats["ports"].as_array().unwrap() {
+                let sockets = sockets(port);
+                assert_eq!(sockets.len(), workers, "what those had counted that were: {port}");
+                assert!(sockets.iter().all(|socket| socket["fill_depth"] == 0), "{port}");
+            }
             let list = daemon.run_ctl(&["port", "list"]).unwrap();
             assert_eq!(list.matches("at rest").count(), 3, "{list}");
             // The first packet finds the sender asleep, and then the receiver.

@@ -12,7 +12,7 @@ use vswitch_xsk::{BoundSocket, Closing, XskSocket};
 
 use super::handle::Command;
 use super::queues::Queues;
-use super::{WorkerThread, sample_of};
+use super::{WorkerThread, add_sample, sample_of};
 
 /// How long a port that is to rest may still have packets.
 const LEAVING_TURNS: u32 = 1000;
@@ -132,7 +132,7 @@ impl WorkerThread {
                 Some((queues, _)) => queues.rest(port, self.shared.bell.clone()),
                 None => Vec::new(),
             };
-            sockets.iter().for_each(|socket| self.retired.push(sample_of(port, socket)));
+            sockets.iter().for_each(|socket| add_sample(&mut self.retired, &sample_of(port, socket)));
             self.give_away(sockets, &leaving.answer);
         }
     }

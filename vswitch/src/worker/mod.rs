@@ -261,15 +261,7 @@ impl WorkerThread {
             queues.sockets.iter().map(|socket| sample_of(port, socket)).collect()
         };
         let mut sockets: Vec<SocketSample> = self.worker.ports().flat_map(of).collect();
-        for before in &self.retired {
-            match sockets.iter_mut().find(|now| (now.port, now.queue) == (before.port, before.queue)) {
-                Some(now) => {
-                    now.kernel.add(&before.kernel);
-                    now.kicks.add(&before.kicks);
-                }
-                None => sockets.push(SocketSample { fill_depth: 0, ..*before }),
-            }
-        }
+        self.retired.iter().for_each(|before| add_sample(&mut sockets, before));
         WorkerSample {
             core: self.setup.core,
             counters: self.worker.counters().clone(),
@@ -282,6 +274,17 @@ impl WorkerThread {
             sockets,
             fast: self.worker.fast_state(),
         }
+    }
+}
+
+/// Adds what a socket that is gone had counted to its queue's numbers.
+fn add_sample(samples: &mut Vec<SocketSample>, gone: &SocketSample) {
+    match samples.iter_mut().find(|sample| (sample.port, sample.queue) == (gone.port, gone.queue)) {
+        Some(sample) => {
+            sample.kernel.add(&gone.kernel);
+            sample.kicks.add(&gone.kicks);
+        }
+        None => samples.push(SocketSample { fill_depth: 0, ..*gone }),
     }
 }
 
