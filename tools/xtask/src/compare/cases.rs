@@ -419,11 +419,6 @@ fn try_rate(site: &Site, rate: u64) -> anyhow::Result<Trial> {
     Ok(Trial { offered: packets / seconds, received: received / seconds, loss: (packets - received) / packets })
 }
 
-/// How long it may take until silent pods are at rest, seconds: they ask for routers less and less often (RFC 7559), which is none the
-/// less speech.
-const REST_SECONDS: u64 = 300;
-
-/// Beside pods that were just plugged in, and when they have been silent for long enough to rest.
 fn idle_ports(site: &mut Site, seconds: f64) -> anyhow::Result<Vec<Figure>> {
     let rate =
         |site: &Site| flood(site, &Flood::at(None, seconds)).and_then(|report| number(&report, "packets_per_second"));
@@ -432,15 +427,9 @@ fn idle_ports(site: &mut Site, seconds: f64) -> anyhow::Result<Vec<Figure>> {
     // Announcements of the new pods go first.
     pause(2.0);
     let with = rate(site)?;
-    let daemon = site.daemons.first().context("only our own switch has idle pods")?;
-    let are_resting =
-        || daemon.ctl(&["status"]).is_ok_and(|status| status["ports_resting"].as_u64() >= Some(IDLE_PORTS as u64));
-    lab::wait_for(REST_SECONDS, are_resting).context("silent pods do not rest")?;
-    let at_rest = rate(site)?;
     Ok(vec![
         Figure { name: "without".into(), unit: "Mpps", value: without / 1e6 },
         Figure { name: "with".into(), unit: "Mpps", value: with / 1e6 },
-        Figure { name: "at rest".into(), unit: "Mpps", value: at_rest / 1e6 },
     ])
 }
 

@@ -101,14 +101,8 @@ const TARGETS: &[Target] = &[
     Target::new("RTT p99, busy", System::VswitchBusy, "rtt/local/tcp p99", System::Bridge, Bound::AtMost(1.2)),
     Target::new("RTT p99, adaptive", System::Vswitch, "rtt/local/tcp p99", System::Bridge, Bound::AtMost(2.0)),
     Target {
-        what: "250 idle ports, just plugged in, beside 2 busy ones",
+        what: "250 idle ports beside 2 busy ones",
         ours: (System::Vswitch, "idle-ports/250 with"),
-        theirs: (System::Vswitch, "idle-ports/250 without"),
-        bound: Bound::AtLeast(0.95),
-    },
-    Target {
-        what: "250 idle ports, at rest, beside 2 busy ones",
-        ours: (System::Vswitch, "idle-ports/250 at rest"),
         theirs: (System::Vswitch, "idle-ports/250 without"),
         bound: Bound::AtLeast(0.95),
     },
@@ -291,8 +285,7 @@ pub(super) const CASES: &str = "\
 trips of four bytes between programs in pods, over one socket or a connection each. `latency/LOAD`: one way, of single packets (`idle`), or at a
 share of what the system passes. `cpu/packet`: processor time a packet of all cores. `cpu/idle`: of the switch's process with
 nothing to do. `ndr`: the highest rate passed without loss, and with 0.1 % (RFC 2544 section 26.1, trials of a second): one pause of a core
-that slept, or that somebody else had, is a loss. `idle-ports/250`: a flood between two pods, with and without 250 silent ones beside them,
-just plugged in, and at rest after a minute.
+that slept, or that somebody else had, is a loss. `idle-ports/250`: a flood between two pods, with and without 250 silent ones beside them.
 ";
 
 /// What a program printed when it failed may be long.
