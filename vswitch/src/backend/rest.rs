@@ -229,7 +229,7 @@ impl Links {
         silent.into_iter().map(|(_, port)| port).collect()
     }
 
-    /// Takes the sockets of ports away. False if a worker does not answer.
+    /// Takes the sockets of ports away. False if that cannot be: of none of them, or because a worker does not answer.
     #[expect(
         clippy::disallowed_methods,
         reason = "runs on the control thread, which has the kernel close sockets next"
@@ -249,7 +249,7 @@ impl Links {
             }
         }
         if leaving.is_empty() {
-            return true;
+            return false;
         }
         thread::sleep(LAST_BURST);
         debug!("at rest: ports {leaving:?}");
