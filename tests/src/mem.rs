@@ -27,6 +27,8 @@ pub struct MemPort {
     pub rx: VecDeque<Vec<u8>>,
     /// Packets that the switch sent. Requested checksums are completed, as a receiving stack would take them.
     pub tx: VecDeque<Vec<u8>>,
+    /// Says that something is under way for as long as this is true.
+    pub is_stuck: bool,
 }
 
 impl PortIo for MemPort {
@@ -58,7 +60,7 @@ impl PortIo for MemPort {
     }
 
     fn flush(&mut self, _: &mut Umem) -> bool {
-        true
+        !self.is_stuck
     }
 }
 
@@ -140,13 +142,22 @@ pub struct Switch {
 impl Switch {
     /// A switch without uplink, networks and ports.
     pub fn new() -> Switch {
-        Switch::with_connections(ConnectionConfig { seed: 0xc0ff_ee11, ..ConnectionConfig::default() })
+        Switch::with_idle_turns(u32::MAX)
     }
 
     /// The same, with a table of connections of one's own.
-    pub fn with_connections(config_of_connections: ConnectionConfig) -> Switch {
+    pub fn with_connections(config: ConnectionConfig) -> Switch {
+        Switch::with(config, u32::MAX)
+    }
+
+    /// The same, with a worker that parks ports which were idle for so many turns. Who has it wakes them.
+    pub fn with_idle_turns(idle_turns: u32) -> Switch {
+        Switch::with(ConnectionConfig { seed: 0xc0ff_ee11, ..ConnectionConfig::default() }, idle_turns)
+    }
+
+    fn with(config_of_connections: ConnectionConfig, idle_turns: u32) -> Switch {
         let umem = Umem::new(FRAMES).expect("memory");
-        let config = WorkerConfig { flow_entries: 1024, seed: 0x0123_4567_89ab_cdef, idle_turns: u32::MAX };
+        let config = WorkerConfig { flow_entries: 1024, seed: 0x0123_4567_89ab_cdef, idle_turns };
         let connections = Arc::new(Connections::new(config_of_connections));
         let worker = Worker::new(umem, config, connections.clone());
         let mut switch = Switch {
@@ -301,7 +312,8 @@ impl Switch {
         self.backend.worker.counters()
     }
 
-    fn port(&mut self, port: PortId) -> &mut MemPort {
+    /// A port's two queues.
+    pub fn port(&mut self, port: PortId) -> &mut MemPort {
         self.backend.worker.port_and_umem(port).expect("a port").0
     }
 

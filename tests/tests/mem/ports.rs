@@ -9,7 +9,7 @@ use vswitch_tests::mem::Switch;
 use vswitch_tests::twin::WIRE_MACS;
 
 use super::mac;
-use super::routed::two_pods;
+use super::routed::{two_pods, two_pods_of};
 
 fn add(switch: &mut Switch, port: &str) -> PortInfo {
     match switch.ask_json(&format!(r#"{{"op":"port_add",{port}}}"#)) {
@@ -265,4 +265,56 @@ fn without_memory_what_waited_is_dropped_and_counted() {
     switch.settle();
     assert!(switch.take(two.id).is_empty());
     assert_eq!(switch.counters().port(one.id).drops[DropReason::NoFrames.index()], 1);
+}
+
+/// Ports that went idle, and that were sent to while they were.
+fn parked(switch: &mut Switch) -> [Vec<PortId>; 2] {
+    let mut ports = [switch.backend.worker.take_idle().collect(), switch.backend.worker.take_roused().collect()];
+    ports.iter_mut().for_each(|ports: &mut Vec<PortId>| ports.sort());
+    ports
+}
+
+#[test]
+fn a_port_that_is_sent_to_is_not_idle() {
+    let (mut switch, one, two) = two_pods_of(Switch::with_idle_turns(4));
+    let packet = frames::udp(Ends { from: mac(1), to: GATEWAY_MAC }, "10.1.0.1", "10.1.0.2", b"hello");
+    // The mirror of what the daemon does: a port with something to receive is woken.
+    let send = |switch: &mut Switch| {
+        switch.send(one.id, &packet);
+        switch.backend.worker.wake(one.id);
+        switch.settle();
+        assert_eq!(switch.take(two.id).len(), 1);
+    };
+    (0..5).for_each(|_| switch.settle());
+    assert_eq!(parked(&mut switch), [vec![one.id, two.id], vec![]]);
+    assert!(!switch.backend.worker.has_active());
+
+    send(&mut switch);
+    assert_eq!(parked(&mut switch), [vec![], vec![two.id]]);
+    for _ in 0..10 {
+        send(&mut switch);
+        assert_eq!(parked(&mut switch), [vec![], vec![]]);
+    }
+    (0..4).for_each(|_| switch.settle());
+    assert_eq!(parked(&mut switch), [vec![one.id, two.id], vec![]]);
+
+    // What the kernel does not take keeps nobody awake: it is looked at once a millisecond.
+    switch.port(two.id).is_stuck = true;
+    send(&mut switch);
+    assert_eq!(parked(&mut switch), [vec![], vec![two.id]]);
+    (0..4).for_each(|_| switch.settle());
+    assert_eq!(parked(&mut switch), [vec![one.id, two.id], vec![]]);
+}
+
+#[test]
+fn without_idle_turns_nobody_is_polled_for_being_sent_to() {
+    let (mut switch, one, two) = two_pods_of(Switch::with_idle_turns(0));
+    let packet = frames::udp(Ends { from: mac(1), to: GATEWAY_MAC }, "10.1.0.1", "10.1.0.2", b"hello");
+    switch.settle();
+    parked(&mut switch);
+    switch.send(one.id, &packet);
+    switch.backend.worker.wake(one.id);
+    switch.settle();
+    assert_eq!(switch.take(two.id).len(), 1);
+    assert_eq!(parked(&mut switch), [vec![one.id], vec![]]);
 }

@@ -11,7 +11,11 @@ use super::mac;
 
 /// A switch with one routed network and two pods.
 pub(super) fn two_pods() -> (Switch, PortInfo, PortInfo) {
-    let mut switch = Switch::new();
+    two_pods_of(Switch::new())
+}
+
+/// Two pods of one routed network of that switch.
+pub(super) fn two_pods_of(mut switch: Switch) -> (Switch, PortInfo, PortInfo) {
     switch
         .ask_json(r#"{"op":"network_add","name":"pods","vni":7,"ranges":["10.1.0.0/24","fd01::/64"],"router":["10.1.0.254","fd01::fe"]}"#)
         .expect("a network");

@@ -28,9 +28,20 @@ use crate::vxlan::{ETHERNET, ETHERTYPE_VLAN, TAG};
 #[derive(Debug)]
 pub(crate) struct Ports<P> {
     pub(crate) io: Vec<Option<P>>,
-    /// Ports with packets under way, and for each port whether it is among them.
+    /// Ports with packets under way, and for each port what it has.
     pub(crate) busy: Vec<PortId>,
-    pub(crate) is_busy: Vec<bool>,
+    pub(crate) under_way: Vec<UnderWay>,
+}
+
+/// What a port has under way to the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum UnderWay {
+    #[default]
+    Nothing,
+    /// Only what the kernel did not take in an earlier turn.
+    Left,
+    /// Something of this turn.
+    New,
 }
 
 /// Where packets go out: the ports, the umem that copies come from, and the counters.
@@ -451,11 +462,13 @@ impl<P: PortIo> Egress<'_, P> {
 impl<P: PortIo> Ports<P> {
     #[inline(always)]
     pub(crate) fn mark_busy(&mut self, port: PortId) {
-        if let Some(is_busy) = self.is_busy.get_mut(port.index())
-            && !*is_busy
+        if let Some(under_way) = self.under_way.get_mut(port.index())
+            && *under_way != UnderWay::New
         {
-            *is_busy = true;
-            self.busy.push(port);
+            if *under_way == UnderWay::Nothing {
+                self.busy.push(port);
+            }
+            *under_way = UnderWay::New;
         }
     }
 }

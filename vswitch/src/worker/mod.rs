@@ -207,7 +207,7 @@ impl WorkerThread {
     }
 
     /// Has epoll listen to the ports that went idle. Those that are polled are not in its set: the kernel would call it for
-    /// each packet that comes.
+    /// each packet that comes, and for each that it has sent.
     fn park(&mut self) {
         let idle: Vec<PortId> = self.worker.take_idle().collect();
         for port in idle {
@@ -226,6 +226,9 @@ impl WorkerThread {
                 self.worker.wake(port);
             }
         }
+        // After the idle ones, for the same turn may have sent to one of those.
+        let roused: Vec<PortId> = self.worker.take_roused().collect();
+        roused.into_iter().for_each(|port| self.poll(port));
     }
 
     /// Sleeps until a parked port is readable or a command came, and wakes those ports. True if there was one.

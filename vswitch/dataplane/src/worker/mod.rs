@@ -1,8 +1,8 @@
 //! One worker: its ports, its umem, its flows. The engine of the switch.
 //!
 //! The thread, the clock and the sleep belong to the daemon; here is one *turn*, a pass over the ports that may have
-//! something. A port that has had nothing for a while is handed out to be parked ([`Worker::take_idle`]) until its owner
-//! sees its socket become readable; an idle port then costs nothing.
+//! something. A port that has received and sent nothing for a while is handed out to be parked ([`Worker::take_idle`]) until
+//! its owner sees its socket become readable, or it is sent to ([`Worker::take_roused`]); an idle port then costs nothing.
 
 mod aside;
 
@@ -16,7 +16,7 @@ use crate::burst::{Burst, Slot, follow, join_segments};
 use crate::connection::Connections;
 use crate::counters::Counters;
 use crate::decide::is_cacheable;
-use crate::egress::{Edit, Egress, Ports, Scratch};
+use crate::egress::{Edit, Egress, Ports, Scratch, UnderWay};
 use crate::event::{Event, Events};
 use crate::fastpath::{Fast, FastIo, FastState};
 use crate::miss::Miss;
@@ -48,7 +48,7 @@ pub struct WorkerConfig {
     pub flow_entries: usize,
     /// Seed of the flow hash; a secret of the process.
     pub seed: u64,
-    /// Turns without a packet until a port counts as idle.
+    /// Turns without a packet, either way, until a port counts as idle. With none, what is sent keeps no port from being idle.
     pub idle_turns: u32,
 }
 
@@ -70,9 +70,12 @@ pub struct Turn {
 pub struct Worker<P> {
     umem: Umem,
     ports: Ports<P>,
-    /// Ports to poll, each with its turns without a packet.
-    active: Vec<(PortId, u32)>,
+    /// Ports to poll.
+    active: Vec<PortId>,
+    /// For each port its turns without a packet, if it is polled.
+    quiet: Vec<Option<u32>>,
     idle: Vec<PortId>,
+    roused: Vec<PortId>,
     flows: FlowTable,
     counters: Counters,
     events: Events,
@@ -93,9 +96,11 @@ impl<P: PortIo> Worker<P> {
     pub fn new(umem: Umem, config: WorkerConfig, connections: Arc<Connections>) -> Worker<P> {
         Worker {
             umem,
-            ports: Ports { io: Vec::new(), busy: Vec::new(), is_busy: Vec::new() },
+            ports: Ports { io: Vec::new(), busy: Vec::new(), under_way: Vec::new() },
             active: Vec::new(),
+            quiet: Vec::new(),
             idle: Vec::new(),
+            roused: Vec::new(),
             flows: FlowTable::new(config.flow_entries),
             counters: Counters::default(),
             events: Events::new(),
@@ -145,7 +150,8 @@ impl<P: PortIo> Worker<P> {
         let before = self.remove_port(port);
         if self.ports.io.len() <= port.index() {
             self.ports.io.resize_with(port.index() + 1, || None);
-            self.ports.is_busy.resize(port.index() + 1, false);
+            self.ports.under_way.resize(port.index() + 1, UnderWay::Nothing);
+            self.quiet.resize(port.index() + 1, None);
         }
         self.ports.io[port.index()] = Some(io);
         let known = self.scratch.errors.len();
@@ -154,11 +160,11 @@ impl<P: PortIo> Worker<P> {
         self.scratch.errors.extend((known..=port.index()).map(|_| Bucket::new(ERROR_RATE, ERROR_BURST)));
         self.counters.open(port);
         self.wake(port);
-        // What `mark_busy` and `wake` push must never allocate during a turn.
+        // What `mark_busy`, `wake`, `park` and `flush` push must never allocate during a turn.
         let count = self.ports.io.len();
-        self.ports.busy.reserve(count);
-        self.active.reserve(count);
-        self.idle.reserve(count);
+        for ports in [&mut self.ports.busy, &mut self.active, &mut self.idle, &mut self.roused] {
+            ports.reserve(count);
+        }
         before
     }
 
@@ -167,20 +173,22 @@ impl<P: PortIo> Worker<P> {
         if let Some(fast) = &mut self.fast {
             fast.forget_port(port, &mut self.flows, &mut self.counters);
         }
-        self.active.retain(|&(other, _)| other != port);
-        self.idle.retain(|&other| other != port);
-        self.ports.busy.retain(|&other| other != port);
+        for ports in [&mut self.ports.busy, &mut self.active, &mut self.idle, &mut self.roused] {
+            ports.retain(|&other| other != port);
+        }
         self.discard_held(port);
-        if let Some(is_busy) = self.ports.is_busy.get_mut(port.index()) {
-            *is_busy = false;
+        if let Some(under_way) = self.ports.under_way.get_mut(port.index()) {
+            *under_way = UnderWay::Nothing;
+            self.quiet[port.index()] = None;
         }
         self.ports.io.get_mut(port.index())?.take()
     }
 
     /// Polls a parked port again.
     pub fn wake(&mut self, port: PortId) {
-        if !self.active.iter().any(|&(other, _)| other == port) {
-            self.active.push((port, 0));
+        if let Some(quiet @ None) = self.quiet.get_mut(port.index()) {
+            *quiet = Some(0);
+            self.active.push(port);
         }
     }
 
@@ -192,6 +200,12 @@ impl<P: PortIo> Worker<P> {
     /// Ports that have become idle since the last call. They are not polled until [`wake`](Self::wake).
     pub fn take_idle(&mut self) -> impl Iterator<Item = PortId> + '_ {
         self.idle.drain(..)
+    }
+
+    /// Ports that were parked and are polled again, for they were sent to since the last call. A port that only sends is better
+    /// polled in vain than waited for: whoever waits is called by the kernel for each packet that it has done with.
+    pub fn take_roused(&mut self) -> impl Iterator<Item = PortId> + '_ {
+        self.roused.drain(..)
     }
 
     /// True if a port is polled: another turn is due at once.
@@ -212,14 +226,15 @@ impl<P: PortIo> Worker<P> {
         let mut received = 0;
         let mut at = 0;
         while at < self.active.len() {
-            let (port, quiet) = self.active[at];
+            let port = self.active[at];
+            let quiet = self.quiet[port.index()].unwrap_or_default();
             let count = match self.ports.io.get_mut(port.index()) {
                 Some(Some(io)) => io.rx_burst(&mut self.umem, &mut self.burst.packets, BURST),
                 _ => 0,
             };
             if count > 0 {
                 received += count;
-                self.active[at].1 = 0;
+                self.quiet[port.index()] = Some(0);
                 self.perf.burst(count);
                 count_received(&mut self.counters, port, &self.burst.packets);
                 self.limit(port, now_ns, snapshot);
@@ -229,7 +244,7 @@ impl<P: PortIo> Worker<P> {
                 self.park(at);
                 continue;
             } else {
-                self.active[at].1 = quiet.saturating_add(1);
+                self.quiet[port.index()] = Some(quiet.saturating_add(1));
             }
             at += 1;
         }
@@ -302,7 +317,8 @@ impl<P: PortIo> Worker<P> {
 
     /// Takes the port at `at` of the active list off it.
     fn park(&mut self, at: usize) {
-        let (port, _) = self.active.swap_remove(at);
+        let port = self.active.swap_remove(at);
+        self.quiet[port.index()] = None;
         self.idle.push(port);
     }
 
@@ -534,15 +550,21 @@ impl<P: PortIo> Worker<P> {
         perf.lap(Stage::Queue);
     }
 
-    /// Flushes every port that has something under way; what the kernel did not take stays for the next turn.
+    /// Flushes every port that has something under way; what the kernel did not take stays for the next turn. A port that was
+    /// sent to is not idle.
     fn flush(&mut self) {
-        let Ports { io, busy, is_busy } = &mut self.ports;
+        let Worker { umem, ports: Ports { io, busy, under_way }, active, quiet, roused, config, .. } = self;
         busy.retain(|&port| {
-            let done = match io.get_mut(port.index()) {
-                Some(Some(io)) => io.flush(&mut self.umem),
+            let at = port.index();
+            if under_way[at] == UnderWay::New && config.idle_turns > 0 && quiet[at].replace(0).is_none() {
+                active.push(port);
+                roused.push(port);
+            }
+            let done = match io.get_mut(at) {
+                Some(Some(io)) => io.flush(umem),
                 _ => true,
             };
-            is_busy[port.index()] = !done;
+            under_way[at] = if done { UnderWay::Nothing } else { UnderWay::Left };
             !done
         });
     }
