@@ -22,9 +22,15 @@ const SHARE_DIVISOR: usize = 16;
 const FILL_MAX: u32 = 2048;
 
 /// Bursts that found the fill ring nearly full until it is made half as deep: minutes of a port with something to do, for the next
-/// flood may come while the worker sleeps; and the same while less than half of the umem is free, so that others get their share.
+/// flood may come while the worker sleeps; and the same for one that has more than its share, so that others get theirs.
 const EASY_BURSTS: u32 = 1_000_000;
-const EASY_BURSTS_WHEN_LOW: u32 = 10_000;
+const EASY_BURSTS_BEYOND_SHARE: u32 = 10_000;
+
+/// Of a umem, as a divisor, what deep fill rings leave free for packets that are sent, and for ports that come.
+const FREE_DIVISOR: usize = 4;
+
+/// A fill ring's share of what is free beyond that, as a divisor.
+const DEEP_DIVISOR: usize = 2;
 
 /// Calls of `sendto` in one turn for one socket. Each carries the kernel's budget; what is left waits a turn.
 const KICKS_A_TURN: u32 = 8;
@@ -361,21 +367,21 @@ impl XskSocket {
         (self.fd, Closing { slot: self.slot })
     }
 
-    /// Fits the depth of the fill ring to its use: doubled when the kernel had used up half of it since the last look, if
-    /// half of the umem is free (what deep rings hold must leave every other port its share); halved after many looks
-    /// that found it nearly full.
+    /// Fits the depth of the fill ring to its use: doubled when the kernel had used up half of it since the last look, as far as
+    /// its share of what is free goes; halved after many looks that found it nearly full.
     #[inline]
     fn fit_depth(&mut self, umem: &Umem) {
         let pending = self.fill.pending();
-        let is_low = umem.free_chunks() * 2 <= umem.chunks();
+        let share = umem.free_chunks().saturating_sub(umem.chunks() / FREE_DIVISOR) / DEEP_DIVISOR;
+        let depth = self.fill_target as usize;
         if pending * 2 < self.fill_target {
             self.easy_bursts = 0;
-            if self.fill_target < FILL_MAX && !is_low {
+            if self.fill_target < FILL_MAX && depth * 2 <= share {
                 self.fill_target *= 2;
             }
         } else if pending * 8 > self.fill_target * 7 && self.fill_target > self.fill_min {
             self.easy_bursts += 1;
-            if self.easy_bursts >= if is_low { EASY_BURSTS_WHEN_LOW } else { EASY_BURSTS } {
+            if self.easy_bursts >= if depth > share { EASY_BURSTS_BEYOND_SHARE } else { EASY_BURSTS } {
                 self.easy_bursts = 0;
                 self.fill_target /= 2;
             }
