@@ -9,12 +9,12 @@
 //! # Cost
 //!
 //! Nothing for other ports. A limited one holds at most [`MOST`] packets and [`LONGEST_NS`] of its rate, and all of them
-//! together no more frames than leave a worker a quarter of its umem: rings that cannot be filled lose everybody's packets.
+//! together no more frames than leave a worker an eighth of its umem: rings that cannot be filled lose everybody's packets.
 
 use std::collections::VecDeque;
 
 use vswitch_net::PortId;
-use vswitch_xsk::{Packet, TxChecksum, Umem};
+use vswitch_xsk::{Packet, Reserve, TxChecksum, Umem};
 
 use crate::bucket::Bucket;
 
@@ -35,7 +35,7 @@ pub(crate) struct Held {
 
 /// Whether there are frames for packets that wait: for a rate, or for the sockets of a port at rest.
 pub fn may_wait(umem: &Umem) -> bool {
-    umem.free_chunks() > umem.chunks() / 4
+    umem.free_beyond(Reserve::Waiting) > 0
 }
 
 /// Packets that wait, in order.

@@ -42,6 +42,7 @@
 mod area;
 mod bind;
 mod cycles;
+mod depth;
 mod fastpath;
 mod frame;
 mod huge;
@@ -61,5 +62,5 @@ pub use huge::filled;
 pub use prefetch::prefetch;
 pub use program::{AttachedProgram, ProgramError, Programs, Rest, Role, Vtep, XdpMode, XdpPreference};
 pub use socket::{Closing, CopyMode, KickCounters, SocketStatistics, TxChecksum, XskSocket};
-pub use umem::{CHUNK_BYTES, Slot, Umem};
+pub use umem::{CHUNK_BYTES, Reserve, Slot, Umem};
 pub use waiting::{Waiting, WaitingPacket};

@@ -4,42 +4,16 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use crate::frame::{MAX_FRAMES, Packet, TX_METADATA_BYTES};
+use crate::depth::{FILL_MIN, FillDepth};
+use crate::frame::{Packet, TX_METADATA_BYTES};
 use crate::ring::{Consumer, Producer};
 use crate::sys::{self, Desc};
-use crate::umem::{Slot, Umem};
-
-/// Frames that a quiet socket keeps in its fill ring: a burst of 64 small packets, or three of 64 kB.
-const FILL_MIN: u32 = 64;
-
-/// The same for the socket of a link that many share, as an uplink: what all of them send while a worker wakes up.
-const FILL_MIN_SHARED: u32 = 512;
-
-/// Of a umem, as a divisor, what such sockets of one link may keep at most together while they are quiet.
-const SHARE_DIVISOR: usize = 16;
-
-/// Frames that a busy socket keeps there: 2,048 small packets or 120 of 64 kB may come before the worker's next look.
-const FILL_MAX: u32 = 2048;
-
-/// Bursts that found the fill ring nearly full until it is made half as deep: minutes of a port with something to do, for the next
-/// flood may come while the worker sleeps; and the same for one that has more than its share, so that others get theirs.
-const EASY_BURSTS: u32 = 1_000_000;
-const EASY_BURSTS_BEYOND_SHARE: u32 = 10_000;
-
-/// Of a umem, as a divisor, what deep fill rings leave free for packets that are sent, and for ports that come.
-const FREE_DIVISOR: usize = 4;
-
-/// A fill ring's share of what is free beyond that, as a divisor.
-const DEEP_DIVISOR: usize = 2;
+use crate::umem::{Reserve, Slot, Umem};
 
 /// Calls of `sendto` in one turn for one socket. Each carries the kernel's budget; what is left waits a turn.
 const KICKS_A_TURN: u32 = 8;
 
-/// Below this share of free chunks (1/16 of the umem) only short transmit queues may grow, so that fill rings still find
-/// frames when a port cannot get rid of its packets.
-const RESERVE_DIVISOR: usize = 16;
-
-/// Frames that a socket may have on their way when the umem is that low.
+/// Frames that a socket may have on their way when no more than [`Reserve::Sending`] is free.
 const SEND_WHEN_LOW: u32 = 64;
 
 /// Whether the driver moves packets to user space itself.
@@ -127,10 +101,7 @@ pub struct XskSocket {
     completion: Consumer<u64>,
     /// Frames lent to the fill ring, those included that the kernel holds for a packet not yet complete.
     filled: u32,
-    fill_target: u32,
-    fill_min: u32,
-    /// Bursts in a row that a ring half as deep would have served.
-    easy_bursts: u32,
+    fill_depth: FillDepth,
     /// Frames on their way, from `push` until completion.
     sending: u32,
     unsubmitted: bool,
@@ -164,9 +135,7 @@ impl XskSocket {
             fill,
             completion,
             filled: 0,
-            fill_target: FILL_MIN,
-            fill_min: FILL_MIN,
-            easy_bursts: 0,
+            fill_depth: FillDepth::new(),
             sending: 0,
             unsubmitted: false,
             partial: None,
@@ -178,9 +147,7 @@ impl XskSocket {
 
     /// Keeps more frames ready than a pod's socket does: many share the link. It is one of so many of that link.
     pub fn expect_many(mut self, umem: &Umem, sockets: usize) -> XskSocket {
-        let share = ((umem.chunks() / SHARE_DIVISOR / sockets.max(1)).max(1) as u32).next_power_of_two();
-        self.fill_min = share.clamp(FILL_MIN, FILL_MIN_SHARED);
-        self.fill_target = self.fill_min;
+        self.fill_depth = FillDepth::of_many(umem, sockets);
         self
     }
 
@@ -196,7 +163,7 @@ impl XskSocket {
 
     /// Frames that wait in the fill ring at most now; grows with use.
     pub fn fill_depth(&self) -> u32 {
-        self.fill_target
+        self.fill_depth.frames()
     }
 
     /// Counters of this side.
@@ -261,9 +228,9 @@ impl XskSocket {
         }
         if frames > 0 {
             self.rx.release();
-            self.fit_depth(umem);
+            self.fill_depth.fit(self.fill.pending(), umem);
         }
-        if self.filled < self.fill_target {
+        if self.filled < self.fill_depth.frames() {
             self.refill(umem);
         }
         let count = out.len() - before;
@@ -367,36 +334,16 @@ impl XskSocket {
         (self.fd, Closing { slot: self.slot })
     }
 
-    /// Fits the depth of the fill ring to its use: doubled when the kernel had used up half of it since the last look, as far as
-    /// its share of what is free goes; halved after many looks that found it nearly full.
-    #[inline]
-    fn fit_depth(&mut self, umem: &Umem) {
-        let pending = self.fill.pending();
-        let share = umem.free_chunks().saturating_sub(umem.chunks() / FREE_DIVISOR) / DEEP_DIVISOR;
-        let depth = self.fill_target as usize;
-        if pending * 2 < self.fill_target {
-            self.easy_bursts = 0;
-            if self.fill_target < FILL_MAX && depth * 2 <= share {
-                self.fill_target *= 2;
-            }
-        } else if pending * 8 > self.fill_target * 7 && self.fill_target > self.fill_min {
-            self.easy_bursts += 1;
-            if self.easy_bursts >= if depth > share { EASY_BURSTS_BEYOND_SHARE } else { EASY_BURSTS } {
-                self.easy_bursts = 0;
-                self.fill_target /= 2;
-            }
-        }
-    }
-
     fn has_room(&mut self, umem: &Umem, frames: u32) -> bool {
         if self.tx.free(frames) < frames {
             return false;
         }
-        umem.free_chunks() * RESERVE_DIVISOR >= umem.chunks() || self.sending + frames <= SEND_WHEN_LOW
+        umem.free_beyond(Reserve::Sending) > 0 || self.sending + frames <= SEND_WHEN_LOW
     }
 
     fn refill(&mut self, umem: &mut Umem) {
-        let wanted = (self.fill_target - self.filled).min(self.fill.free(self.fill_target));
+        let depth = self.fill_depth.frames();
+        let wanted = (depth - self.filled).min(self.fill.free(depth));
         let mut lent = 0;
         while lent < wanted
             && let Some(address) = umem.lend_fill(self.slot)
@@ -466,5 +413,3 @@ fn write_metadata(metadata: &mut [u8; TX_METADATA_BYTES], checksum: TxChecksum) 
     metadata[10..12].copy_from_slice(&checksum.offset.to_ne_bytes());
     metadata[12..].fill(0);
 }
-
-const _: () = assert!(MAX_FRAMES as u32 <= FILL_MIN && FILL_MIN.is_power_of_two() && FILL_MAX.is_power_of_two());

@@ -19,6 +19,17 @@ const USABLE_BYTES: usize = CHUNK_BYTES - HEADROOM;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot(u16);
 
+/// Who leaves which part of all chunks free, as a divisor: what can be done without leaves more than what cannot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reserve {
+    /// Fill rings deeper than they must be.
+    DeepRings = 4,
+    /// Packets that wait, for a rate or for sockets.
+    Waiting = 8,
+    /// Long transmit queues: fill rings must find frames when a port cannot get rid of its packets.
+    Sending = 16,
+}
+
 /// Chunks, their owners and the free list. Belongs to one worker.
 #[derive(Debug)]
 pub struct Umem {
@@ -89,6 +100,12 @@ impl Umem {
     #[inline(always)]
     pub fn free_chunks(&self) -> usize {
         self.free.len()
+    }
+
+    /// Free chunks beyond those that must stay free.
+    #[inline(always)]
+    pub fn free_beyond(&self, reserve: Reserve) -> usize {
+        self.free.len().saturating_sub(self.owners.len() / reserve as usize)
     }
 
     /// A frame from the free list, empty, its data to start after the headroom. None if all chunks are in use.
