@@ -318,3 +318,23 @@ fn without_idle_turns_nobody_is_polled_for_being_sent_to() {
     assert_eq!(switch.take(two.id).len(), 1);
     assert_eq!(parked(&mut switch), [vec![one.id], vec![]]);
 }
+
+#[test]
+fn a_flood_has_nobody_polled() {
+    let mut switch = Switch::with_idle_turns(4);
+    let network = r#"{"op":"network_add","name":"lan","vni":5,"mode":"bridged","spoof_check":false}"#;
+    switch.ask_json(network).expect("a network");
+    let ports: Vec<PortId> = (1..=20).map(|at| switch.add_port(&format!("p{at}"), "lan", mac(at), &[]).id).collect();
+    (0..5).for_each(|_| switch.settle());
+    assert_eq!(parked(&mut switch), [ports.clone(), vec![]]);
+    let flood = frames::udp(Ends { from: mac(1), to: MacAddr([0xff; 6]) }, "10.1.0.1", "10.1.0.255", b"hello");
+    switch.send(ports[0], &flood);
+    switch.backend.worker.wake(ports[0]);
+    switch.settle();
+    assert!(ports[1..].iter().all(|&port| switch.take(port).len() == 1));
+    assert_eq!(parked(&mut switch), [vec![], vec![]]);
+    // What is for one alone has that one polled.
+    switch.send(ports[0], &frames::udp(Ends { from: mac(1), to: mac(7) }, "10.1.0.1", "10.1.0.7", b"hello"));
+    switch.settle();
+    assert_eq!(parked(&mut switch), [vec![], vec![ports[6]]]);
+}

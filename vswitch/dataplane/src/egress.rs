@@ -34,13 +34,13 @@ pub(crate) struct Ports<P> {
 }
 
 /// What a port has under way to the kernel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum UnderWay {
     #[default]
     Nothing,
-    /// Only what the kernel did not take in an earlier turn.
+    /// Only what the kernel did not take in an earlier turn, or copies of what goes to many.
     Left,
-    /// Something of this turn.
+    /// Something of this turn for this port.
     New,
 }
 
@@ -356,10 +356,10 @@ impl<P: PortIo> Egress<'_, P> {
             if let Some(counters) = self.counters.port_mut(port) {
                 counters.tx_refused += 1;
             }
-            self.ports.mark_busy(port);
+            self.mark_busy(port);
             return self.drop(packet, ingress, DropReason::TxFull);
         }
-        self.ports.mark_busy(port);
+        self.mark_busy(port);
         if let Some(counters) = self.counters.port_mut(port) {
             counters.tx_packets += 1;
             counters.tx_bytes += bytes;
@@ -452,6 +452,12 @@ impl<P: PortIo> Egress<'_, P> {
         Ok(())
     }
 
+    /// A flood must not have every port of its network polled.
+    #[inline(always)]
+    fn mark_busy(&mut self, port: PortId) {
+        self.ports.mark_busy(port, if self.is_quiet { UnderWay::Left } else { UnderWay::New });
+    }
+
     fn clamp(&self, packet: &mut Packet, meta: &Meta) {
         if let Some(mss) = self.snapshot.network(meta.network).and_then(|network| network.mss) {
             segment::clamp(packet.head_mut().data_mut(), meta, mss);
@@ -460,15 +466,16 @@ impl<P: PortIo> Egress<'_, P> {
 }
 
 impl<P: PortIo> Ports<P> {
+    /// Has a port flushed, and polled if it was sent something of its own.
     #[inline(always)]
-    pub(crate) fn mark_busy(&mut self, port: PortId) {
+    pub(crate) fn mark_busy(&mut self, port: PortId, what: UnderWay) {
         if let Some(under_way) = self.under_way.get_mut(port.index())
-            && *under_way != UnderWay::New
+            && *under_way < what
         {
             if *under_way == UnderWay::Nothing {
                 self.busy.push(port);
             }
-            *under_way = UnderWay::New;
+            *under_way = what;
         }
     }
 }

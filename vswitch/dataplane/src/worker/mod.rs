@@ -194,7 +194,7 @@ impl<P: PortIo> Worker<P> {
 
     /// Has a port's queue flushed that was given packets by another way than this worker's.
     pub fn mark_sending(&mut self, port: PortId) {
-        self.ports.mark_busy(port);
+        self.ports.mark_busy(port, UnderWay::New);
     }
 
     /// Ports that have become idle since the last call. They are not polled until [`wake`](Self::wake).
@@ -202,7 +202,7 @@ impl<P: PortIo> Worker<P> {
         self.idle.drain(..)
     }
 
-    /// Ports that were parked and are polled again, for they were sent to since the last call. A port that only sends is better
+    /// Ports that were parked and are polled again, for something was sent to them alone since the last call. A port that only sends is better
     /// polled in vain than waited for: whoever waits is called by the kernel for each packet that it has done with.
     pub fn take_roused(&mut self) -> impl Iterator<Item = PortId> + '_ {
         self.roused.drain(..)
