@@ -15,6 +15,7 @@ use vswitch_link::{Follower, Watch};
 use vswitch_net::PortId;
 use vswitch_xsk::Waiting;
 
+use crate::backend::Again;
 use crate::daemon::Daemon;
 use crate::follow::Followed;
 use crate::server;
@@ -91,6 +92,7 @@ pub(crate) async fn learn(daemon: Rc<Daemon>, events: Receiver<Event>, news: Arc
 /// Wakes ports at rest that have something to send or to get.
 pub(crate) async fn wake(daemon: Rc<Daemon>, calls: Receiver<PortId>, rung: Arc<Notify>) {
     let mut waiting: Option<AsyncFd<Waiting>> = None;
+    let mut again = Again::WhenCalled;
     loop {
         if waiting.is_none() {
             waiting = daemon.take_waiting();
@@ -101,13 +103,15 @@ pub(crate) async fn wake(daemon: Rc<Daemon>, calls: Receiver<PortId>, rung: Arc<
         };
         tokio::select! {
             () = rung.notified() => {}
+            () = tokio::time::sleep(NEWS_INTERVAL), if again == Again::Soon => {}
             ready = ring.readable_mut() => match ready {
                 // What comes from now on makes it ready again, and what is there is taken below.
                 Ok(mut ready) => ready.clear_ready(),
                 Err(error) => warn!("ports at rest cannot be listened to: {error}"),
             }
         }
-        if daemon.wake(calls.try_iter().collect(), ring.get_mut()) {
+        again = daemon.wake(calls.try_iter().collect(), ring.get_mut());
+        if again == Again::AtOnce {
             rung.notify_one();
         }
         tokio::task::yield_now().await;

@@ -75,8 +75,57 @@ fn a_pod_that_wakes_with_a_flood_is_counted() {
     );
     assert!(pods[1].0.pings(from, 1, 2));
     assert_balanced(&daemon);
+    // Each packet that the program saw is in the books of the switch or of a socket.
+    let seen = || {
+        let stats = daemon.ctl(&["stats"]).unwrap();
+        let link = daemon.ctl(&["port", "list"]).unwrap()["ports"][0]["link"].clone();
+        let port = stats["ports"].as_array().unwrap().iter().find(|port| port["link"] == link).unwrap().clone();
+        let of = |socket: &serde_json::Value| {
+            socket["rx_dropped"].as_u64().unwrap() + socket["rx_ring_full"].as_u64().unwrap()
+        };
+        let lost: u64 = port["sockets"].as_array().unwrap().iter().map(of).sum();
+        port["rx_packets"].as_u64().unwrap() + lost
+    };
+    assert!(sent(&pods[0].0) > 100_000, "{}", sent(&pods[0].0));
+    // Nothing but a late neighbor solicitation may come between two looks.
+    lab::wait_for(5, || seen() == sent(&pods[0].0)).unwrap_or_else(|_| {
+        panic!("{} sent, {} counted", sent(&pods[0].0), seen());
+    });
     let port = daemon.ctl(&["port", "list"]).unwrap()["ports"][0].clone();
     assert!(port.get("rest").is_none(), "{port}");
+}
+
+/// Packets that a pod's link has given to the other end.
+fn sent(pod: &Namespace) -> u64 {
+    let text = pod.run(5, &["ip", "-j", "-s", "link", "show", "eth0"]).unwrap();
+    let links: serde_json::Value = serde_json::from_str(&text).unwrap();
+    links[0]["stats64"]["tx"]["packets"].as_u64().unwrap()
+}
+
+/// Speaks a dozen times, with silences that end about when the port goes to rest.
+const HESITANT: &str = "import random, socket, sys, time
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for _ in range(12):
+    time.sleep(random.uniform(.9, 2.2)); s.sendto(b'x', (sys.argv[1], 9))";
+
+#[test]
+fn who_speaks_while_it_goes_to_rest_is_heard() {
+    let Some(mut bench) = bench("late") else { return };
+    let (daemon, pods) = node_with_pods(&mut bench, &restless(2), 8);
+    let before: Vec<u64> = pods.iter().map(|(pod, _)| crate::policy::no_ports(pod)).collect();
+    for (at, (pod, _)) in pods.iter().enumerate() {
+        let to = &pods[(at + 1) % pods.len()].1[0];
+        bench.lab.spawn(pod, &["/usr/bin/python3", "-c", HESITANT, to]).unwrap();
+    }
+    lab::wait_for(40, || bench.lab.running() == 0).unwrap();
+    let all = lab::wait_for(3, || {
+        pods.iter().zip(&before).all(|((pod, _), before)| crate::policy::no_ports(pod) == before + 12)
+    });
+    let came: Vec<u64> =
+        pods.iter().zip(&before).map(|((pod, _), before)| crate::policy::no_ports(pod) - before).collect();
+    assert!(all.is_ok(), "{came:?} of 12 each; {}\n{}", daemon.ctl(&["drops"]).unwrap(), daemon.log_end());
+    assert!(!daemon.log_end().contains("cannot be woken"), "{}", daemon.log_end());
+    assert_balanced(&daemon);
 }
 
 /// The others rest so that those who speak have memory: more pods than there are fill rings for.

@@ -223,7 +223,7 @@ drop_reasons! {
     /// The port's transmit ring is full.
     TxFull, "tx-full", "the port's transmit queue is full: the receiver is slower than the sender";
     /// From a port at rest, and the queue of those who wait for its sockets was full.
-    Resting, "resting", "more came at once from a port at rest than waits until it has its sockets again: see `worker.rest_after_seconds`";
+    Resting, "resting", "from a port at rest, and more at once than waits until it has sockets again, or it is stuck: see `switchctl port list`";
     /// No free frame for a copy.
     NoFrames, "no-frames", "no free frame for a copy: raise `worker.umem_frames`";
 }

@@ -2,7 +2,7 @@
 
 use vswitch_control::Attached;
 use vswitch_net::PortId;
-use vswitch_xsk::{AttachedProgram, BoundSocket, CopyMode, Patience, Programs, Role, XdpMode, ZeroCopy};
+use vswitch_xsk::{AttachedProgram, BindError, BoundSocket, CopyMode, Patience, Programs, Role, XdpMode, ZeroCopy};
 
 use super::rest::Seen;
 use super::{AttachedLink, Links, Offload};
@@ -59,7 +59,7 @@ impl Links {
     ) -> Result<Attached, String> {
         let xdp = self.xdp;
         let mut program = self.load()?.attach(port, role, ifindex, xdp).map_err(|error| error.to_string())?;
-        let bound = self.bind(ifindex, zero_copy, MAX_QUEUES, Patience::Long);
+        let bound = self.bind(ifindex, zero_copy, MAX_QUEUES, Patience::Long).map_err(|error| error.to_string());
         let bound = bound.and_then(|sockets| Ok((self.connect(&mut program, &sockets)?, sockets)));
         let (attached, sockets) = match bound {
             Ok(bound) => bound,
@@ -85,7 +85,7 @@ impl Links {
         zero_copy: ZeroCopy,
         most: u32,
         patience: Patience,
-    ) -> Result<Vec<Vec<BoundSocket>>, String> {
+    ) -> Result<Vec<Vec<BoundSocket>>, BindError> {
         let mut sockets: Vec<Vec<BoundSocket>> = self.workers.iter().map(|_| Vec::new()).collect();
         for queue in 0..most {
             let owner = first_owner(queue as usize, self.workers.len());
@@ -93,7 +93,7 @@ impl Links {
                 Ok(socket) => sockets[owner].push(socket),
                 // All queues are bound: what arrives at one without a socket would be lost.
                 Err(error) if error.is_no_queue() && queue as usize >= self.workers.len() => break,
-                Err(error) => return Err(error.to_string()),
+                Err(error) => return Err(error),
             }
         }
         Ok(sockets)

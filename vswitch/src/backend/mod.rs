@@ -3,6 +3,8 @@
 mod attach;
 mod rest;
 
+pub(crate) use self::rest::Again;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;

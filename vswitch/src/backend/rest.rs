@@ -19,6 +19,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::iter;
+use std::ops::Bound;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread;
@@ -31,6 +32,7 @@ use vswitch_xsk::{Patience, Rest, Waiting, WaitingPacket};
 
 use super::Links;
 use super::attach::first_owner;
+use crate::worker::ANSWER_TIMEOUT;
 
 /// How often it is looked who is silent, at most.
 const LOOK_NS: u64 = 5_000_000_000;
@@ -38,8 +40,12 @@ const LOOK_NS: u64 = 5_000_000_000;
 /// How long a port must be silent to rest when memory is short.
 const SILENT_WHEN_SHORT_NS: u64 = 1_000_000_000;
 
-/// Most ports that go to rest, or wake, at a time: each takes the kernel milliseconds, and requests wait meanwhile.
-const AT_A_TIME: usize = 8;
+/// Most sockets that are closed, or bound, at a time: each takes the kernel milliseconds, and requests wait meanwhile.
+const SOCKETS_AT_A_TIME: usize = 8;
+
+/// How long the kernel may have a queue that was closed, before a port counts as stuck, and how often it is asked.
+const FREED_NS: u64 = 1_000_000_000;
+const ASKED_NS: u64 = 20_000_000;
 
 /// How long the kernel may still be at a burst that it began before it was told that the port rests.
 const LAST_BURST: Duration = Duration::from_millis(5);
@@ -55,8 +61,12 @@ pub(super) struct Resting {
     /// Whether somebody hears what comes from ports at rest.
     is_heard: bool,
     looked_ns: u64,
-    /// Ports to wake.
+    /// Ports to wake, and the last one that was tried: all have their turn.
     called: BTreeSet<PortId>,
+    tried: Option<PortId>,
+    /// Ports whose queues the kernel has not let go yet, and since when they are to wake.
+    lingering: BTreeMap<PortId, u64>,
+    asked_ns: u64,
     /// Ports that could not be woken, and why.
     stuck: BTreeMap<PortId, String>,
 }
@@ -69,6 +79,17 @@ pub(super) struct Seen {
     /// Packets in both directions, and since when there have been no more.
     packets: u64,
     since_ns: u64,
+}
+
+/// When ports at rest are to be looked at again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Again {
+    /// When somebody calls.
+    WhenCalled,
+    /// In some milliseconds: the kernel has something to finish.
+    Soon,
+    /// There is more to do.
+    AtOnce,
 }
 
 /// A port that has sockets again, which its program does not know yet.
@@ -84,8 +105,31 @@ impl Resting {
             is_heard: false,
             looked_ns: 0,
             called: BTreeSet::new(),
+            tried: None,
+            lingering: BTreeMap::new(),
+            asked_ns: 0,
             stuck: BTreeMap::new(),
         }
+    }
+
+    /// Takes in who is called. Those that linger have their turn when it is time.
+    fn call(&mut self, now_ns: u64, called: BTreeSet<PortId>) {
+        self.called.extend(called);
+        if now_ns >= self.asked_ns + ASKED_NS {
+            self.asked_ns = now_ns;
+            self.called.extend(self.lingering.keys());
+        } else {
+            self.called.retain(|port| !self.lingering.contains_key(port));
+        }
+    }
+
+    /// The next port to wake: the one after the last.
+    fn next_called(&mut self) -> Option<PortId> {
+        let after = self.tried.map_or(Bound::Unbounded, Bound::Excluded);
+        let port = self.called.range((after, Bound::Unbounded)).next().or(self.called.first()).copied()?;
+        self.called.remove(&port);
+        self.tried = Some(port);
+        Some(port)
     }
 }
 
@@ -119,15 +163,15 @@ impl Links {
             return;
         }
         let silent = self.silent(after_ns);
-        self.rest(&silent[..silent.len().min(AT_A_TIME)]);
-        if silent.len() <= AT_A_TIME {
+        self.rest(&silent[..silent.len().min(self.at_a_time())]);
+        if silent.len() <= self.at_a_time() {
             self.resting.looked_ns = self.now_ns();
         }
     }
 
-    /// Takes in what came from ports at rest, and wakes some of those that it came from or goes to. True if that is not all.
-    pub(crate) fn wake(&mut self, called: BTreeSet<PortId>, waiting: &mut Waiting) -> bool {
-        self.resting.called.extend(called);
+    /// Takes in what came from ports at rest, and wakes some of those that it came from or goes to.
+    pub(crate) fn wake(&mut self, called: BTreeSet<PortId>, waiting: &mut Waiting) -> Again {
+        self.resting.call(self.now_ns(), called);
         let packets = self.taken(waiting);
         let mut is_more = packets.len() == TAKEN_AT_ONCE;
         let woken = self.bind_called();
@@ -148,7 +192,11 @@ impl Links {
             self.workers.iter().for_each(|worker| worker.wake(port));
             self.settle_lost(port);
         }
-        is_more || !self.resting.called.is_empty()
+        match () {
+            () if is_more || !self.resting.called.is_empty() => Again::AtOnce,
+            () if !self.resting.lingering.is_empty() => Again::Soon,
+            () => Again::WhenCalled,
+        }
     }
 
     /// Whether a port is at rest.
@@ -177,6 +225,7 @@ impl Links {
     pub(super) fn forget_rest(&mut self, port: PortId) {
         self.settle_lost(port);
         self.resting.called.remove(&port);
+        self.resting.lingering.remove(&port);
         self.resting.stuck.remove(&port);
     }
 
@@ -260,7 +309,10 @@ impl Links {
     fn close_sockets(&self, ports: &[PortId]) -> bool {
         let of_port = |&port: &PortId| self.workers.iter().map(move |worker| (worker, worker.begin_rest(port)));
         let leaving: Vec<_> = ports.iter().flat_map(of_port).collect();
-        let is_closed = leaving.iter().all(|(worker, sockets)| worker.finish(sockets));
+        // Who does not answer is not waited for twice, and the sockets of the others are closed all the same.
+        let is_closed = leaving.iter().fold(true, |is_closed, (worker, sockets)| {
+            worker.finish(sockets, if is_closed { ANSWER_TIMEOUT } else { Duration::ZERO }) && is_closed
+        });
         if !is_closed {
             warn!("ports go to rest, and a worker does not answer: see `switchctl status`");
         }
@@ -272,33 +324,51 @@ impl Links {
         let attached = &self.attached;
         self.resting.called.retain(|port| attached.get(port).is_some_and(|link| link.seen.is_resting));
         let mut woken = Vec::new();
-        for _ in 0..AT_A_TIME {
-            let Some(port) = self.resting.called.pop_first() else { break };
+        for _ in 0..self.at_a_time() {
+            let Some(port) = self.resting.next_called() else { break };
             if let Err(error) = self.make_room() {
                 for port in iter::once(port).chain(std::mem::take(&mut self.resting.called)) {
                     self.stick(port, error.clone());
                 }
                 break;
             }
-            match self.bind_again(port) {
-                Ok(port) => woken.push(port),
-                Err(error) => self.stick(port, error),
-            }
+            woken.extend(self.bind_again(port));
         }
         woken
     }
 
-    /// Binds the queues of a port at rest, and hands the sockets to its workers.
-    fn bind_again(&mut self, port: PortId) -> Result<Woken, String> {
-        let link = self.attached.get(&port).ok_or("the port is gone")?;
+    /// Binds the queues of a port at rest, and hands the sockets to its workers. What it had before it went to rest may not be free
+    /// yet; then its packets wait on.
+    fn bind_again(&mut self, port: PortId) -> Option<Woken> {
+        let now_ns = self.now_ns();
+        let link = self.attached.get(&port)?;
         // To ask for one more queue than there is costs as much as a socket.
         let queues = link.owners.len() as u32;
-        let sockets = self.bind(link.ifindex, link.zero_copy, queues, Patience::Short)?;
+        let sockets = match self.bind(link.ifindex, link.zero_copy, queues, Patience::None) {
+            Err(error) if error.is_busy() && !self.resting.stuck.contains_key(&port) => {
+                let since_ns = *self.resting.lingering.entry(port).or_insert(now_ns);
+                if now_ns - since_ns >= FREED_NS {
+                    self.stick(port, error.to_string());
+                }
+                return None;
+            }
+            Err(error) => {
+                self.stick(port, error.to_string());
+                return None;
+            }
+            Ok(sockets) => sockets,
+        };
+        self.resting.lingering.remove(&port);
         let descriptors = sockets.iter().flatten().map(|socket| (socket.queue(), socket.descriptor())).collect();
         for (worker, sockets) in self.workers.iter().zip(sockets) {
             worker.prepare(port, sockets);
         }
-        Ok(Woken { port, descriptors })
+        Some(Woken { port, descriptors })
+    }
+
+    /// Most ports that go to rest, or wake, at a time.
+    fn at_a_time(&self) -> usize {
+        (SOCKETS_AT_A_TIME / self.workers.len().max(1)).max(1)
     }
 
     /// Has the program send packets to the new sockets of a port. The port, if that can be.
@@ -306,7 +376,10 @@ impl Links {
         let now_ns = self.now_ns();
         let (link, programs) = (self.attached.get_mut(&port)?, self.programs.as_mut()?);
         let connected = descriptors.iter().try_for_each(|(queue, fd)| programs.set_socket(&link.program, *queue, fd));
-        match connected.and_then(|()| programs.set_rest(&mut link.program, Rest::None)) {
+        let connected = connected.and_then(|()| programs.set_rest(&mut link.program, Rest::None));
+        // The worker's shall be the last ones: what it gives away must be closed before its frames are anybody else's.
+        drop(descriptors);
+        match connected {
             Ok(()) => {
                 link.seen.is_resting = false;
                 link.seen.since_ns = now_ns;
@@ -326,6 +399,7 @@ impl Links {
 
     /// Notes that a port cannot be woken. What comes from it is counted as lost until it can.
     fn stick(&mut self, port: PortId, error: String) {
+        self.resting.lingering.remove(&port);
         let (Some(link), Some(programs)) = (self.attached.get_mut(&port), &mut self.programs) else { return };
         if let Err(error) = programs.set_rest(&mut link.program, Rest::Deaf) {
             warn!("port {port}: {error}");

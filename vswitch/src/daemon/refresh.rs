@@ -13,6 +13,7 @@ use vswitch_net::PortId;
 use vswitch_xsk::Waiting;
 
 use super::{Daemon, HOST_RETRY_NS};
+use crate::backend::Again;
 use crate::follow::Followed;
 use crate::uplink;
 
@@ -60,8 +61,8 @@ impl Daemon {
         self.links.borrow_mut().rest_silent();
     }
 
-    /// Wakes ports at rest. True if more packets wait than were taken in.
-    pub(crate) fn wake(&self, called: BTreeSet<PortId>, waiting: &mut Waiting) -> bool {
+    /// Wakes ports at rest.
+    pub(crate) fn wake(&self, called: BTreeSet<PortId>, waiting: &mut Waiting) -> Again {
         self.links.borrow_mut().wake(called, waiting)
     }
 

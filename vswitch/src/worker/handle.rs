@@ -130,7 +130,7 @@ impl WorkerHandle {
 
     /// Has the worker give sockets away, and closes them here, off the data path. False if it does not answer.
     fn close(&self, command: impl FnOnce(Sender<Vec<(Arc<OwnedFd>, Closing)>>) -> Command) -> bool {
-        self.finish(&self.ask(command))
+        self.finish(&self.ask(command), ANSWER_TIMEOUT)
     }
 
     fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Receiver<T> {
@@ -139,9 +139,9 @@ impl WorkerHandle {
         answered
     }
 
-    /// Closes sockets that the worker gives away. False if it does not answer.
-    pub(crate) fn finish(&self, sockets: &Receiver<Vec<(Arc<OwnedFd>, Closing)>>) -> bool {
-        let Ok(sockets) = sockets.recv_timeout(ANSWER_TIMEOUT) else { return false };
+    /// Closes sockets that the worker gives away. False if it does not answer in time.
+    pub(crate) fn finish(&self, sockets: &Receiver<Vec<(Arc<OwnedFd>, Closing)>>, timeout: Duration) -> bool {
+        let Ok(sockets) = sockets.recv_timeout(timeout) else { return false };
         let closing = sockets
             .into_iter()
             .map(|(fd, closing)| {

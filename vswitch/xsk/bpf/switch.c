@@ -25,8 +25,9 @@ int pod(struct xdp_md *ctx)
 			return verdict;
 	}
 	verdict = to_socket(ctx, link, XDP_DROP);
-	if (verdict != XDP_REDIRECT)
-		await_socket(ctx);
+	/* It may have been woken since its sockets were looked for. */
+	if (verdict != XDP_REDIRECT && !await_socket(ctx))
+		verdict = to_socket(ctx, link, XDP_DROP);
 	return verdict;
 }
 

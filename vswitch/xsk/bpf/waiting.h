@@ -64,20 +64,25 @@ static __always_inline int keep_any(struct xdp_md *ctx, const struct link *link)
 	return length <= SMALL_PACKET ? keep(ctx, link, length, SMALL_PACKET) : keep(ctx, link, length, LARGE_PACKET);
 }
 
-/* Of a packet without a socket: if the link rests, a copy is kept, and with that its sockets are called for. */
-static __always_inline void await_socket(struct xdp_md *ctx)
+/* Of a packet without a socket: if the link rests, a copy is kept, and with that its sockets are called for. False if it does
+ * not rest.
+ */
+static __always_inline int await_socket(struct xdp_md *ctx)
 {
 	/* Anew: it may have gone to rest since it was looked up. */
 	struct link *link = link_of(ctx);
 	__u32 place;
 	__u64 *lost;
 
-	if (!link || link->rest == REST_NONE || (link->rest == REST_WAITS && keep_any(ctx, link)))
-		return;
+	if (!link || link->rest == REST_NONE)
+		return 0;
+	if (link->rest == REST_WAITS && keep_any(ctx, link))
+		return 1;
 	place = link->place;
 	lost = bpf_map_lookup_elem(&LOST, &place);
 	if (lost)
 		__sync_fetch_and_add(lost, 1);
+	return 1;
 }
 
 #endif

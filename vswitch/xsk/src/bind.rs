@@ -36,20 +36,20 @@ const SEND_BUFFER_BYTES: u32 = 16 << 20;
 /// How long a bind waits between two tries for a queue that somebody has not let go yet.
 const BUSY_WAIT: Duration = Duration::from_millis(10);
 
-/// How often a bind tries a queue that is busy: the kernel frees what belongs to a closed socket in its own time.
+/// How long a bind tries a queue that is busy: the kernel frees what belongs to a closed socket in its own time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Patience {
     /// For a second: it may be that of a process that was killed.
     Long,
-    /// For the time that a socket of one's own takes.
-    Short,
+    /// Once: the caller comes back.
+    None,
 }
 
 impl Patience {
     fn retries(self) -> u32 {
         match self {
             Patience::Long => 100,
-            Patience::Short => 2,
+            Patience::None => 0,
         }
     }
 }
