@@ -38,7 +38,7 @@ pub(crate) struct Ports<P> {
 pub(crate) enum UnderWay {
     #[default]
     Nothing,
-    /// Only what the kernel did not take in an earlier turn, or copies of what goes to many.
+    /// Only what the kernel did not take in an earlier turn, copies of what goes to many, or words of the switch's own.
     Left,
     /// Something of this turn for this port.
     New,

@@ -12,7 +12,7 @@
 //! comes by the new sockets. What finds either queue full is dropped and counted. A port that goes to rest loses nothing either:
 //! first nothing goes to its sockets any more, then its workers take in what is there, then they are closed.
 //!
-//! Where packet memory is short, ports silent for a moment rest too. A port for which there is none even so is *stuck*: it is tried
+//! Where packet memory is short, ports silent for a moment rest too. A port for which there is none even so, or whose queues somebody else has, is *stuck*: it is tried
 //! again every second, and until then what comes from it is counted in the kernel, where it costs nobody else anything.
 //!
 //! Ports of bridged networks do not rest: every flood would wake all of them.
@@ -61,12 +61,11 @@ pub(super) struct Resting {
     /// Whether somebody hears what comes from ports at rest.
     is_heard: bool,
     looked_ns: u64,
-    /// Ports to wake, and the last one that was tried: all have their turn.
+    /// Ports to wake, and the last one that had its turn.
     called: BTreeSet<PortId>,
-    tried: Option<PortId>,
-    /// Ports whose queues the kernel has not let go yet, and since when they are to wake.
-    lingering: BTreeMap<PortId, u64>,
-    asked_ns: u64,
+    last: Option<PortId>,
+    /// Ports to wake whose queues the kernel has not let go yet.
+    lingering: BTreeMap<PortId, Lingering>,
     /// Ports that could not be woken, and why.
     stuck: BTreeMap<PortId, String>,
 }
@@ -79,6 +78,13 @@ pub(super) struct Seen {
     /// Packets in both directions, and since when there have been no more.
     packets: u64,
     since_ns: u64,
+}
+
+/// Since when a port lingers, and when the kernel is asked again.
+#[derive(Clone, Copy, Debug)]
+struct Lingering {
+    since_ns: u64,
+    due_ns: u64,
 }
 
 /// When ports at rest are to be looked at again.
@@ -105,31 +111,41 @@ impl Resting {
             is_heard: false,
             looked_ns: 0,
             called: BTreeSet::new(),
-            tried: None,
+            last: None,
             lingering: BTreeMap::new(),
-            asked_ns: 0,
             stuck: BTreeMap::new(),
         }
     }
 
-    /// Takes in who is called. Those that linger have their turn when it is time.
-    fn call(&mut self, now_ns: u64, called: BTreeSet<PortId>) {
-        self.called.extend(called);
-        if now_ns >= self.asked_ns + ASKED_NS {
-            self.asked_ns = now_ns;
-            self.called.extend(self.lingering.keys());
-        } else {
-            self.called.retain(|port| !self.lingering.contains_key(port));
+    /// Calls those that linger when it is time, and not before, whatever comes from them.
+    fn call_lingering(&mut self, now_ns: u64) {
+        for (&port, lingering) in &self.lingering {
+            if lingering.due_ns <= now_ns {
+                self.called.insert(port);
+            } else {
+                self.called.remove(&port);
+            }
         }
     }
 
-    /// The next port to wake: the one after the last.
-    fn next_called(&mut self) -> Option<PortId> {
-        let after = self.tried.map_or(Bound::Unbounded, Bound::Excluded);
-        let port = self.called.range((after, Bound::Unbounded)).next().or(self.called.first()).copied()?;
+    /// The port to wake next: the one after the last, so that all have their turn.
+    fn next_called(&self) -> Option<PortId> {
+        let after = self.last.map_or(Bound::Unbounded, Bound::Excluded);
+        self.called.range((after, Bound::Unbounded)).next().or(self.called.first()).copied()
+    }
+
+    /// Notes that a port has its turn.
+    fn take_turn(&mut self, port: PortId) {
         self.called.remove(&port);
-        self.tried = Some(port);
-        Some(port)
+        self.last = Some(port);
+    }
+
+    /// Notes that the kernel has not let go a port's queues. False if that takes too long.
+    fn linger(&mut self, port: PortId, now_ns: u64) -> bool {
+        let due_ns = now_ns + ASKED_NS;
+        let lingering = self.lingering.entry(port).or_insert(Lingering { since_ns: now_ns, due_ns });
+        lingering.due_ns = due_ns;
+        now_ns - lingering.since_ns < FREED_NS
     }
 }
 
@@ -171,7 +187,7 @@ impl Links {
 
     /// Takes in what came from ports at rest, and wakes some of those that it came from or goes to.
     pub(crate) fn wake(&mut self, called: BTreeSet<PortId>, waiting: &mut Waiting) -> Again {
-        self.resting.call(self.now_ns(), called);
+        self.resting.called.extend(called);
         let packets = self.taken(waiting);
         let mut is_more = packets.len() == TAKEN_AT_ONCE;
         let woken = self.bind_called();
@@ -192,6 +208,7 @@ impl Links {
             self.workers.iter().for_each(|worker| worker.wake(port));
             self.settle_lost(port);
         }
+        self.resting.call_lingering(self.now_ns());
         match () {
             () if is_more || !self.resting.called.is_empty() => Again::AtOnce,
             () if !self.resting.lingering.is_empty() => Again::Soon,
@@ -310,7 +327,7 @@ impl Links {
         let of_port = |&port: &PortId| self.workers.iter().map(move |worker| (worker, worker.begin_rest(port)));
         let leaving: Vec<_> = ports.iter().flat_map(of_port).collect();
         // Who does not answer is not waited for twice, and the sockets of the others are closed all the same.
-        let is_closed = leaving.iter().fold(true, |is_closed, (worker, sockets)| {
+        let is_closed = leaving.into_iter().fold(true, |is_closed, (worker, sockets)| {
             worker.finish(sockets, if is_closed { ANSWER_TIMEOUT } else { Duration::ZERO }) && is_closed
         });
         if !is_closed {
@@ -321,17 +338,19 @@ impl Links {
 
     /// Binds the queues of some of the ports that are called. Where memory is short, the others are stuck as well.
     fn bind_called(&mut self) -> Vec<Woken> {
+        self.resting.call_lingering(self.now_ns());
         let attached = &self.attached;
         self.resting.called.retain(|port| attached.get(port).is_some_and(|link| link.seen.is_resting));
         let mut woken = Vec::new();
         for _ in 0..self.at_a_time() {
             let Some(port) = self.resting.next_called() else { break };
             if let Err(error) = self.make_room() {
-                for port in iter::once(port).chain(std::mem::take(&mut self.resting.called)) {
+                for port in std::mem::take(&mut self.resting.called) {
                     self.stick(port, error.clone());
                 }
                 break;
             }
+            self.resting.take_turn(port);
             woken.extend(self.bind_again(port));
         }
         woken
@@ -346,8 +365,7 @@ impl Links {
         let queues = link.owners.len() as u32;
         let sockets = match self.bind(link.ifindex, link.zero_copy, queues, Patience::None) {
             Err(error) if error.is_busy() && !self.resting.stuck.contains_key(&port) => {
-                let since_ns = *self.resting.lingering.entry(port).or_insert(now_ns);
-                if now_ns - since_ns >= FREED_NS {
+                if !self.resting.linger(port, now_ns) {
                     self.stick(port, error.to_string());
                 }
                 return None;
@@ -430,5 +448,45 @@ impl Links {
 
     pub(super) fn now_ns(&self) -> u64 {
         self.start.elapsed().as_nanos() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_lingers_is_asked_about_when_it_is_time() {
+        let mut resting = Resting::new(None);
+        let (one, other) = (PortId(9), PortId(10));
+        assert!(resting.linger(one, 1_000));
+        resting.called.extend([one, other]);
+        resting.call_lingering(2_000);
+        assert_eq!(resting.called, BTreeSet::from([other]), "what comes from it asks nobody");
+        resting.call_lingering(1_000 + ASKED_NS);
+        assert_eq!(resting.called, BTreeSet::from([one, other]));
+        // Called and not tried yet, it stays so.
+        resting.call_lingering(1_001 + ASKED_NS);
+        assert_eq!(resting.called, BTreeSet::from([one, other]));
+        assert!(resting.linger(one, FREED_NS));
+        assert!(!resting.linger(one, 1_000 + FREED_NS), "too long");
+    }
+
+    #[test]
+    fn all_that_are_called_have_their_turn() {
+        let mut resting = Resting::new(None);
+        let ports: Vec<PortId> = (5..9).map(PortId).collect();
+        let mut turns = Vec::new();
+        for _ in 0..8 {
+            resting.called.extend(&ports);
+            // Whose turn fails has it the next time.
+            assert_eq!(resting.next_called(), resting.next_called());
+            let port = resting.next_called().expect("a port");
+            resting.take_turn(port);
+            turns.push(port);
+        }
+        assert_eq!(turns, [&ports[..], &ports].concat());
+        resting.called.clear();
+        assert_eq!(resting.next_called(), None);
     }
 }

@@ -130,7 +130,7 @@ impl WorkerHandle {
 
     /// Has the worker give sockets away, and closes them here, off the data path. False if it does not answer.
     fn close(&self, command: impl FnOnce(Sender<Vec<(Arc<OwnedFd>, Closing)>>) -> Command) -> bool {
-        self.finish(&self.ask(command), ANSWER_TIMEOUT)
+        self.finish(self.ask(command), ANSWER_TIMEOUT)
     }
 
     fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Receiver<T> {
@@ -140,8 +140,11 @@ impl WorkerHandle {
     }
 
     /// Closes sockets that the worker gives away. False if it does not answer in time.
-    pub(crate) fn finish(&self, sockets: &Receiver<Vec<(Arc<OwnedFd>, Closing)>>, timeout: Duration) -> bool {
-        let Ok(sockets) = sockets.recv_timeout(timeout) else { return false };
+    pub(crate) fn finish(&self, sockets: Receiver<Vec<(Arc<OwnedFd>, Closing)>>, timeout: Duration) -> bool {
+        let answer = sockets.recv_timeout(timeout);
+        // An answer that comes later finds nobody, and the worker closes them itself.
+        drop(sockets);
+        let Ok(sockets) = answer else { return false };
         let closing = sockets
             .into_iter()
             .map(|(fd, closing)| {

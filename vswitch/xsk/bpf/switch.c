@@ -25,10 +25,11 @@ int pod(struct xdp_md *ctx)
 			return verdict;
 	}
 	verdict = to_socket(ctx, link, XDP_DROP);
+	if (verdict == XDP_REDIRECT || await_socket(ctx))
+		return verdict;
 	/* It may have been woken since its sockets were looked for. */
-	if (verdict != XDP_REDIRECT && !await_socket(ctx))
-		verdict = to_socket(ctx, link, XDP_DROP);
-	return verdict;
+	link = link_of(ctx);
+	return link ? to_socket(ctx, link, XDP_DROP) : XDP_DROP;
 }
 
 /* A NIC of the host: only what is ours goes to the switch. Without a socket it passes, too. */
