@@ -12,8 +12,9 @@
 //! comes by the new sockets. What finds either queue full is dropped and counted. A port that goes to rest loses nothing either:
 //! first nothing goes to its sockets any more, then its workers take in what is there, then they are closed.
 //!
-//! Where packet memory is short, ports silent for a moment rest too. A port for which there is none even so, or whose queues somebody else has, is *stuck*: it is tried
-//! again every second, and until then what comes from it is counted in the kernel, where it costs nobody else anything.
+//! Where packet memory is short, ports silent for a moment rest too. A port for which there is none even so, or whose queues
+//! somebody else has, is *stuck*: it is tried again every second, and until then what comes from it is counted in the kernel,
+//! where it costs nobody else anything. A queue that was its own a moment ago is waited for: the port *lingers*.
 //!
 //! Ports of bridged networks do not rest: every flood would wake all of them.
 
